@@ -1,0 +1,44 @@
+# make demo   videos -> flow -> records -> two stages -> evaluation -> report, in runs/demo
+# make test   the whole test suite
+# make check  lint, formatting and types
+# make install EXTRAS=cuda12   the GPU build of JAX instead of the CPU one
+#
+# Each target does all the set-up it needs. A second call starts in seconds.
+
+PYTHON ?= python3.11
+EXTRAS ?=
+BIN := .venv/bin
+comma := ,
+# Set-up is redone when one of these changes; the stamp's name remembers the extras.
+STAMP := .venv/.installed$(if $(EXTRAS),-$(subst $(comma),-,$(EXTRAS)))
+
+.PHONY: install demo test check clean
+.DELETE_ON_ERROR:
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt \
+	  --editable '.[dev$(if $(EXTRAS),$(comma)$(EXTRAS))]'
+	touch $@
+
+# With EXTRAS set earlier, plain `make demo` must not install anything else over it.
+READY := $(if $(wildcard .venv/.installed*),$(firstword $(wildcard .venv/.installed*)),$(STAMP))
+
+.venv/.installed%: pyproject.toml constraints.txt
+	$(MAKE) install EXTRAS=$(subst -,$(comma),$(patsubst -%,%,$*))
+
+demo: $(READY)
+	$(BIN)/python -m stf_jax.main --config=configs/demo.py --workdir=runs/demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv runs data records

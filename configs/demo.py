@@ -1,0 +1,101 @@
+"""The generated demo set: real encoded videos whose classes need every part of the network.
+
+    make demo
+    python -m stf_jax.main --config=configs/demo.py --workdir=runs/demo
+
+Two classes differ only in appearance, two only in direction, two only in speed, two only in the
+order of two movements. The videos are made on the first start, from the seed in `data`.
+
+Cost and expected accuracy: see the results table in README.md.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Returns the card."""
+    config = ConfigDict()
+    config.seed = 0
+    config.batch_size = 8
+    config.checkpoint_every_steps = 20  # besides the end of every epoch
+    config.allow_cpu = True  # small enough for any CPU
+    config.pretrained = "none"  # VGG's weights do not fit one eighth of its width
+
+    config.data = {
+        "name": "demo",
+        "root": "data/demo",  # generated here
+        "split": 1,  # for 'ucf101'
+        "group_regex": "",  # for 'folder'
+        "test_fraction": 0.25,  # for 'folder'
+        "validation_fraction": 0.17,  # of the training groups, held out for the stop rule
+        "seed": 0,  # of the hold-out
+    }
+    config.records = {
+        "root": "records",
+        "size": 40,
+        "flow_size": 96,  # px, the size of the videos
+        "flow_algorithm": "dis",
+        "flow_bound": 4.0,  # px per frame, of 40
+        "jpeg_quality": 95,
+        "min_truncated_frames": 24,
+        "max_pixels": 4096 * 2304,
+        "max_frames": 20_000,
+        "max_seconds": 1200.0,
+        "timeout": 120.0,
+        "workers": 0,  # one per core
+    }
+    config.sampling = {"num_frames": 24, "frame_stride": (2, 10), "flow_frames": 4}
+    config.inputs = {
+        "crop_size": 32,
+        "rgb_preprocess": "minus1_1",
+        "flow_scale": 1 / 32,
+        "random_crop": True,
+        "flip": False,  # left and right are different classes
+    }
+    config.model = {
+        "width": 8,
+        "streams": "both",
+        "norm": "group",
+        "norm_groups": 8,
+        "mst": {"spatial": (1, 3, 5), "temporal": (3, 3, 5), "width": 64},
+        "conv3d": {
+            "factorised": True,
+            "order": "spatial_first",
+            "mid_relu": True,
+            "mid": "out",
+            "width": 64,
+        },
+        "temporal": {"pool4": "after_mst1", "init": "he", "conv1_init": "random"},
+        "fusion": {
+            "kernel": (3, 3, 3),
+            "width": 64,
+            "relu": True,
+            "pool5": "after",
+            "init": "feichtenhofer",
+        },
+        "tpn": {"window": 8, "stride": 8, "levels": (1, 2, 4), "psi": "mean"},
+        "lstm": {
+            "hidden": 101,
+            "ln": "tf",
+            "ln_axis": "units",
+            "forget_bias": 1.0,
+            "bidirectional": True,
+        },
+        "head": {"combine": "project", "pool": "mean_logits"},
+        "drop": {"input": 0.5, "output": 0.25, "semantics": "drop"},
+    }
+    config.optimizer = {"name": "adam", "weight_decay": 0.05, "clip": 5.0, "freeze": ()}
+    stage = {
+        "learning_rate": 1e-3,
+        "schedule": "cosine",
+        "boundaries": (),
+        "factors": (),
+        "warmup_epochs": 1.0,
+        "max_epochs": 16,
+        "patience": 16,
+        "min_delta": 0.001,  # 0.1 points
+    }
+    config.stages = {"first": stage, "second": {**stage, "learning_rate": 1e-4, "max_epochs": 4}}
+    config.stage_order = ("first", "second")
+
+    return config

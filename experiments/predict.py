@@ -1,0 +1,45 @@
+"""Classifies video files with a finished run.
+
+    python experiments/predict.py --workdir=runs/demo FILE [FILE ...] [--top=5]
+
+Exit code 1 if a file could not be used; the others are still classified.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import app, flags
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+_TOP = flags.DEFINE_integer("top", 5, "Classes to print per file.", lower_bound=1)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prints the classes of each file, most probable first."""
+    if len(argv) < 2:
+        raise app.UsageError("name at least one video file")
+    from stf_jax.video import VideoFault
+
+    from stf_jax.predict import Predictor
+
+    try:
+        predictor = Predictor.load(Path(_WORKDIR.value))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    failed = False
+    for name in argv[1:]:
+        try:
+            probabilities = predictor.predict(Path(name))
+        except (VideoFault, OSError) as fault:
+            print(f"{name}\n  error: {fault}", file=sys.stderr)
+            failed = True
+            continue
+        print(name)
+        for label in probabilities.argsort()[::-1][: _TOP.value]:
+            print(f"  {probabilities[label]:7.2%}  {predictor.class_names[label]}")
+    sys.exit(int(failed))
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,8 @@
+"""Two-stream action recognition in JAX/Flax, after Ou & Sun (JIFS 41(4), 2021)."""
+
+import os
+
+# Read when TensorFlow is first imported, wherever that happens: no chatter on standard error, and
+# no kernels that round differently from machine to machine.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")

@@ -1,0 +1,164 @@
+"""Scoring videos with a trained network: one pure function that everything calls."""
+
+import csv
+import dataclasses
+import functools
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from stf_jax import prepare, progress
+from stf_jax.checkpoint import Params
+from stf_jax.datasets import ClipEntry, VideoIndex
+from stf_jax.inputs import Batch, InputSettings, flow_to_pixels, network_input
+from stf_jax.metrics import Figures, summarise
+from stf_jax.model import ActionNetwork
+from stf_jax.pipeline import batches, steps_per_epoch
+from stf_jax.records import Records
+from stf_jax.run import Run, Settings, usable_entries
+
+
+@functools.partial(jax.jit, static_argnames=("model", "inputs"))
+def score_batch(
+    params: Params, batch: Batch, *, model: ActionNetwork, inputs: InputSettings
+) -> Float[Array, "b k"]:
+    """Class probabilities of each clip of a batch."""
+    rgb, flow = network_input(batch, inputs, train=False)
+    logits, _ = model.apply({"params": params}, rgb, flow, train=False)
+    return jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Scores of videos, in the order of `entries`.
+
+    Args:
+      entries: the videos.
+      probabilities: float32 `n k`.
+    """
+
+    entries: tuple[ClipEntry, ...]
+    probabilities: np.ndarray
+
+    def figures(self) -> Figures:
+        """Accuracies, confusion matrix and interval."""
+        return summarise(self.probabilities, np.array([entry.label for entry in self.entries]))
+
+
+def evaluate(
+    model: ActionNetwork,
+    params: Params,
+    inputs: InputSettings,
+    stream: Iterable[Batch],
+    entries: Sequence[ClipEntry],
+) -> Scores:
+    """Scores every video of a stream exactly once.
+
+    Args:
+      model: the network.
+      params: its parameters.
+      inputs: how clips become network input.
+      stream: batches; masked rows are left out.
+      entries: what `Batch.entry` points into.
+
+    Returns:
+      The scores, independent of batch size and order.
+
+    Raises:
+      ValueError: a video is missing or comes twice (names it).
+    """
+    rows: dict[int, np.ndarray] = {}
+    for batch in stream:
+        scores = np.asarray(score_batch(params, batch, model=model, inputs=inputs))
+        for entry, row in zip(batch.entry[batch.mask].tolist(), scores[batch.mask], strict=True):
+            if entry in rows:
+                raise ValueError(f"{entries[entry].video_id} came twice in one evaluation")
+            rows[entry] = row
+    for number, entry in enumerate(entries):
+        if number not in rows:
+            raise ValueError(f"{entry.video_id} was left out of the evaluation")
+    ordered = np.stack([rows[number] for number in range(len(entries))])
+    return Scores(tuple(entries), ordered)
+
+
+def evaluate_subset(
+    settings: Settings,
+    params: Params,
+    index: VideoIndex,
+    records: Records,
+    subset: str,
+    *,
+    show_progress: bool = False,
+) -> Scores:
+    """Scores the usable videos of one subset of an index, one deterministic clip each."""
+    entries = usable_entries(index, records, subset)
+    if not entries:
+        raise ValueError(f"the {subset} subset of {index.root} holds no usable video")
+    size = settings.config.batch_size
+    stream: Iterable[Batch] = batches(
+        records, entries, settings.sampling, batch_size=size, train=False
+    )
+    if show_progress:
+        steps = steps_per_epoch(len(entries), size)
+        stream = progress.bar(stream, total=steps, description=f"score {subset}", unit="batch")
+    model = settings.model(len(index.class_names))
+    return evaluate(model, params, settings.inputs, stream, entries)
+
+
+def score_run(
+    run: Run, settings: Settings, index: VideoIndex, records: Records, subset: str = "test"
+) -> Scores:
+    """Scores a subset with the best weights of a run's last stage."""
+    checkpoints = run.best(settings.evaluated_stage)
+    _, params, _ = checkpoints.restore(settings.abstract_params(len(index.class_names)))
+    checkpoints.close()
+    return evaluate_subset(settings, params, index, records, subset, show_progress=True)
+
+
+def write_scores(path: Path, scores: Scores, class_names: Sequence[str]) -> None:
+    """Writes one CSV row per video: id, label, prediction, correct, and every probability."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["video_id", "label", "prediction", "correct", *class_names])
+    for entry, row in zip(scores.entries, scores.probabilities, strict=True):
+        best = int(row.argmax())
+        names = class_names[entry.label], class_names[best]
+        digits = [f"{p:.6f}" for p in row]
+        writer.writerow([entry.video_id, *names, int(best == entry.label), *digits])
+    prepare.write_aside(path, text.getvalue().encode())
+
+
+def write_samples(
+    folder: Path, settings: Settings, records: Records, scores: Scores, count: int = 6
+) -> None:
+    """Stores a few scored clips for the report: the first wrong ones and one of most classes.
+
+    Each file holds `video_id`, `frames` uint8 `t h w 3` as the network saw them, and `flow`
+    float32 `t h w 2`, px per frame, the field that starts at each frame.
+    """
+    wrong = scores.probabilities.argmax(axis=1) != [entry.label for entry in scores.entries]
+    first_of_class = {entry.label: i for i, entry in reversed(list(enumerate(scores.entries)))}
+    chosen = [*np.flatnonzero(wrong)[: count // 3].tolist(), *sorted(first_of_class.values())]
+    chosen = list(dict.fromkeys(chosen))[:count]
+    entries = [scores.entries[i] for i in chosen]
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.npz"):
+        old.unlink()
+    stream = batches(records, entries, settings.sampling, batch_size=1, train=False)
+    for number, (entry, batch) in enumerate(zip(entries, stream, strict=True)):
+        centre = settings.sampling.flow_frames // 2 * 2
+        flow = flow_to_pixels(
+            jnp.asarray(batch.flow[0, ..., centre : centre + 2]), settings.records.flow_bound
+        )
+        np.savez_compressed(
+            folder / f"{number}.npz",
+            allow_pickle=False,
+            video_id=np.array(entry.video_id),
+            frames=batch.rgb[0],
+            flow=np.asarray(flow),
+        )

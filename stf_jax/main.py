@@ -1,0 +1,251 @@
+"""From a configuration to a result: prepare, train every stage, evaluate, report.
+
+    python -m stf_jax.main --config=configs/demo.py --workdir=runs/demo
+
+The same command continues a run that was interrupted, and says so when all is done. Nothing heavy
+is imported before the flags are understood: a typo answers at once, and the worker processes of
+the preparation, which import this module, start quickly.
+"""
+
+import dataclasses
+import importlib.metadata
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+if TYPE_CHECKING:
+    from stf_jax.datasets import VideoIndex
+    from stf_jax.records import Records
+    from stf_jax.run import Run, Settings
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", help_string="Experiment card, such as configs/ucf101.py or configs/ucf101.py:laptop."
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run; default runs/<name of the card>[-<preset>]."
+)
+
+
+def run_experiment(config: ConfigDict, workdir: Path, config_file: str) -> dict[str, Any]:
+    """Does whatever of an experiment is not done yet.
+
+    Args:
+      config: the resolved configuration.
+      workdir: the run's folder.
+      config_file: what --config said, for the record.
+
+    Returns:
+      The results, as in `results.json`.
+    """
+    from stf_jax import prepare, progress
+    from stf_jax.run import Run, Settings
+
+    settings = Settings.of(config)
+    _check_devices(config.allow_cpu)
+    run = Run(workdir)
+    with prepare.locked(workdir):
+        run.claim(config)
+        if (workdir / "results.json").exists() and (workdir / "report" / "index.html").exists():
+            results = run.read_json("results.json")
+            progress.say(f"all is done already in {workdir}")
+        else:
+            results = _work(run, settings, config_file)
+    progress.say(_headline(results))
+    progress.say(f"report: {workdir / 'report' / 'index.html'}")
+    return results
+
+
+def _work(run: "Run", settings: "Settings", config_file: str) -> dict[str, Any]:
+    from stf_jax import progress
+    from stf_jax.checkpoint import count_parameters
+    from stf_jax.datasets import load_index
+    from stf_jax.evaluate import score_run, write_samples, write_scores
+    from stf_jax.records import prepare_records
+    from stf_jax.report import write_report
+    from stf_jax.train import train_stage
+
+    index = load_index(settings.config.data)
+    progress.say(index.summary())
+    began = time.monotonic()
+    records = prepare_records(index, settings.records)
+    data = _data_facts(run, index, records, round(time.monotonic() - began, 1))
+    run.write_json("data.json", data)
+    stages = [
+        train_stage(run, settings, name, index, records) for name in settings.config.stage_order
+    ]
+    began = time.monotonic()
+    scores = score_run(run, settings, index, records)
+    write_scores(run.workdir / "scores.csv", scores, index.class_names)
+    write_samples(run.workdir / "samples", settings, records, scores)
+    seconds = {"prepare": data["prepare_seconds"]}
+    seconds |= {stage["name"]: stage["seconds"] for stage in stages}
+    seconds["evaluate"] = round(time.monotonic() - began, 1)
+    results = {
+        **dataclasses.asdict(scores.figures()),
+        **{key: data[key] for key in ("protocol", "leaky", "overlap", "excluded", "faults")},
+        "notes": data["notes"],
+        "class_names": list(index.class_names),
+        "chance": 1 / len(index.class_names),
+        "seconds": seconds,
+        "data": {key: data[key] for key in ("name", "root", "counts")},
+        "stages": stages,
+        "environment": environment(),
+        "config_file": config_file,
+        "seed": settings.config.seed,
+        "parameters": count_parameters(settings.abstract_params(len(index.class_names))),
+    }
+    run.write_json("results.json", results)
+    write_report(run.workdir)
+    return results
+
+
+def _data_facts(
+    run: "Run", index: "VideoIndex", records: "Records", seconds: float
+) -> dict[str, Any]:
+    """What the run is trained and tested on, and what it had to leave out; says the latter."""
+    from stf_jax import progress
+    from stf_jax.run import usable_entries
+
+    subsets = ("train", "validation", "test")
+    counts = {name: len(usable_entries(index, records, name)) for name in subsets}
+    rows = [(entry, records.rows[entry.video_id]) for entry in index.entries]
+    damaged = [
+        {"video_id": e.video_id, "subset": e.subset, "reason": row.reason, "used": row.usable}
+        for e, row in rows
+        if row.status != "ok"
+    ]
+    for fault in damaged:
+        used = "used although it" if fault["used"] else "EXCLUDED:"
+        progress.say(f"  {fault['subset']}: {fault['video_id']}: {used} {fault['reason']}")
+    left_out = sum(not fault["used"] for fault in damaged)
+    told = ", ".join(f"{count} {name}" for name, count in counts.items())
+    progress.say(f"videos: {told}; {left_out} of {len(rows)} excluded")
+    if not counts["train"]:
+        raise ValueError(f"{index.root}: no usable video to train on")
+    if not counts["test"]:
+        raise ValueError(f"{index.root}: no usable video to test on")
+    if (run.workdir / "data.json").exists():
+        # A later start finds the preparation done; the first one's time is the one to report.
+        seconds = max(seconds, run.read_json("data.json")["prepare_seconds"])
+    return {
+        "name": index.name,
+        "root": str(index.root),
+        "class_names": list(index.class_names),
+        "protocol": index.protocol,
+        "leaky": index.leaky,
+        "overlap": index.overlap,
+        "notes": list(index.notes),
+        "counts": counts,
+        "excluded": [fault for fault in damaged if not fault["used"]],
+        "faults": [fault for fault in damaged if fault["used"]],
+        "records": records.settings.stamp(),
+        "manifest_digest": records.digest,
+        "prepare_seconds": seconds,
+    }
+
+
+def environment() -> dict[str, str]:
+    """What a result depends on beside the configuration: commit, versions, machine."""
+    import jax
+
+    names = ("jax", "flax", "optax", "orbax-checkpoint", "tensorflow-cpu", "av", "numpy")
+    names = (*names, "opencv-contrib-python-headless")
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    described = subprocess.run(git, capture_output=True, text=True, check=False)
+    return {
+        "commit": described.stdout.strip() or "unknown (no git checkout)",
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in names},
+        "devices": ", ".join(device.device_kind for device in jax.devices()),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
+    }
+
+
+def _check_devices(allow_cpu: bool) -> None:
+    """A GPU that JAX does not use is a mistake that costs days: stop unless it is meant.
+
+    Raises:
+      RuntimeError: there is a GPU and JAX runs on the CPU.
+    """
+    import jax
+
+    if Path("/dev/nvidia0").exists() and jax.default_backend() == "cpu" and not allow_cpu:
+        raise RuntimeError(
+            "This machine has an NVIDIA GPU but JAX runs on the CPU. Install the GPU build with "
+            "`make install EXTRAS=cuda12`, or pass --config.allow_cpu=true to go on without it."
+        )
+
+
+def _headline(results: dict[str, Any]) -> str:
+    low, high = results["interval95"]
+    leak = " LEAKY PROTOCOL:" if results["leaky"] else ""
+    return (
+        f"test:{leak} top-1 {results['top1']:.2%} (95 % interval {low:.1%} to {high:.1%}), "
+        f"top-5 {results['top5']:.2%}, mean class accuracy {results['mean_class_accuracy']:.2%}, "
+        f"{results['num_videos']} videos ({len(results['excluded'])} excluded), "
+        f"{results['protocol']}"
+    )
+
+
+def default_workdir(config_file: str) -> Path:
+    """runs/<card> or runs/<card>-<preset>.
+
+    Example:
+      >>> str(default_workdir("configs/ucf101.py:laptop,split=2"))
+      'runs/ucf101-laptop-split2'
+    """
+    card, _, preset = config_file.partition(":")
+    parts = [Path(card).stem, *(part.replace("=", "") for part in preset.split(",") if part)]
+    return Path("runs") / "-".join(parts)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the experiment; failures that a user can mend end in one message, without a trace."""
+    if len(argv) > 1:
+        raise SystemExit(f"Unknown argument {argv[1]!r}: settings look like --config.seed=1")
+    config_file = config_flags.get_config_filename(flags.FLAGS["config"])
+    workdir = Path(_WORKDIR.value or default_workdir(config_file))
+    try:
+        run_experiment(_CONFIG.value, workdir, config_file)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
+    except InterruptedError as stopped:
+        print(f"{stopped}; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(128 + stopped.signum) from None  # type: ignore[attr-defined]
+    except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError) as error:
+        if os.environ.get("STF_DEBUG"):
+            raise
+        print(f"\nerror: {error}\n(STF_DEBUG=1 shows where.)", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    """Absl's parser, with its failures turned into one line each."""
+    try:
+        rest = flags.FLAGS(argv)
+        if _CONFIG.value is None:
+            raise ValueError("--config is missing, such as --config=configs/demo.py")
+        len(_CONFIG.value)  # A card that failed to load says so when it is first touched.
+        return rest
+    except (flags.Error, AttributeError, KeyError, ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def cli() -> None:
+    """The entry point."""
+    app.run(main, flags_parser=_parse)
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,335 @@
+"""The network, wired in the order in which data flows through it."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import chex  # type: ignore[import-untyped]
+import flax.linen as nn
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+
+from stf_jax.fusion import Fusion, FusionSettings, TPNSettings, segment_vectors
+from stf_jax.recurrent import BiLSTM, LSTMSettings
+from stf_jax.streams import (
+    Conv3DSettings,
+    MSTSettings,
+    SpatialStream,
+    TemporalSettings,
+    TemporalStream,
+)
+from stf_jax.vgg import check_choice, check_setting, is_count
+
+# The `model` part of a configuration, at the paper's size (SPEC section 15).
+PAPER_MODEL: Mapping[str, Any] = {
+    "width": 64,
+    "streams": "both",
+    "norm": "none",
+    "norm_groups": 8,
+    "mst": {"spatial": (1, 3, 5), "temporal": (3, 3, 5), "width": 512},
+    "conv3d": {
+        "factorised": True,
+        "order": "spatial_first",
+        "mid_relu": True,
+        "mid": "out",
+        "width": 512,
+    },
+    "temporal": {"pool4": "after_mst1", "init": "he", "conv1_init": "random"},
+    "fusion": {
+        "kernel": (3, 3, 3),
+        "width": 512,
+        "relu": True,
+        "pool5": "after",
+        "init": "feichtenhofer",
+    },
+    "tpn": {"window": 8, "stride": 8, "levels": (1, 2, 4), "psi": "mean"},
+    "lstm": {
+        "hidden": 101,
+        "ln": "tf",
+        "ln_axis": "units",
+        "forget_bias": 1.0,
+        "bidirectional": True,
+    },
+    "head": {"combine": "project", "pool": "mean_logits"},
+    "drop": {"input": 0.5, "output": 0.25, "semantics": "drop"},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadSettings:
+    """The classifier (SPEC 7.7, 7.8).
+
+    Args:
+      combine: the directions' states become logits by a learned projection ('project'), or are
+        the logits by their 'sum' or 'mean'; the latter two bound the logits.
+      pool: how steps become one answer: 'mean_logits'; 'mean_probs', the logarithm of the mean
+        softmax; 'last', from the state each direction ends with; 'per_step_loss', mean of logits,
+        and the loss reads every step's.
+
+    Raises:
+      ValueError: an unknown word (names it).
+    """
+
+    combine: str
+    pool: str
+
+    def __post_init__(self) -> None:
+        """Checks the words."""
+        check_choice("head.combine", self.combine, ("project", "sum", "mean"))
+        pools = ("mean_logits", "mean_probs", "last", "per_step_loss")
+        check_choice("head.pool", self.pool, pools)
+
+
+@dataclasses.dataclass(frozen=True)
+class DropSettings:
+    """Dropout before and after the recurrent layer (SPEC 7.9, 7.10).
+
+    Args:
+      input: probability for each component of the pyramid vectors.
+      output: probability for each unit of the states that the head reads.
+      semantics: what a probability is of: to 'drop' or to 'keep' (as in TensorFlow 1).
+
+    Raises:
+      ValueError: an impossible value (names it).
+    """
+
+    input: float
+    output: float
+    semantics: str
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        check_choice("drop.semantics", self.semantics, ("drop", "keep"))
+        for key in ("input", "output"):
+            value = getattr(self, key)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if self.semantics == "drop":
+                check_setting(number and 0 <= value < 1, f"drop.{key}", value, "0 <= p < 1")
+            else:
+                check_setting(
+                    number and 0 < value <= 1, f"drop.{key}", value, "0 < p <= 1 (kept share)"
+                )
+
+    def rate(self, value: float) -> float:
+        """The share that is dropped."""
+        return value if self.semantics == "drop" else 1 - value
+
+
+class Head(nn.Module):
+    """From the states of all steps and directions to class logits.
+
+    Attributes:
+      num_classes: classes.
+      combine: as in `HeadSettings`.
+      pool: as in `HeadSettings`.
+
+    Source: SPEC 7.7, 7.8. Differs: the paper's formula is lost.
+    """
+
+    num_classes: int
+    combine: str
+    pool: str
+
+    @nn.compact
+    def __call__(
+        self, states: Float[Array, "b s n d"]
+    ) -> tuple[Float[Array, "b k"], Float[Array, "b s k"]]:
+        """Returns the clip's logits, and every step's."""
+        if self.combine == "project":
+            project = nn.Dense(
+                self.num_classes, kernel_init=nn.initializers.glorot_uniform(), name="project"
+            )
+        else:
+            project = None
+
+        def combined(x: Float[Array, "b s n d"]) -> Float[Array, "b s k"]:
+            if project is not None:
+                return project(rearrange(x, "b s n d -> b s (n d)"))
+            return x.sum(axis=2) if self.combine == "sum" else x.mean(axis=2)
+
+        steps = combined(states)
+        if self.pool == "last":
+            # The forward direction ends at the last step, the backward one at the first.
+            last = jnp.concatenate([states[:, -1:, :1], states[:, :1, 1:]], axis=2)
+            return combined(last)[:, 0], steps
+        if self.pool == "mean_probs":
+            total = nn.logsumexp(nn.log_softmax(steps), axis=1)
+            return total - jnp.log(steps.shape[1]), steps
+        return steps.mean(axis=1), steps
+
+
+class ActionNetwork(nn.Module):
+    """Two streams, convolutional fusion, temporal pyramid, Bi-LN-LSTM, classifier.
+
+    Attributes:
+      spatial: the stream that sees colour, or None.
+      temporal: the stream that sees flow, or None.
+      fusion: joins their maps.
+      tpn: how the fused map becomes one vector per segment.
+      drop: dropout around the recurrent layer.
+      recurrent: the recurrent layer.
+      head: the classifier.
+
+    Source: Ou and Sun (2021), sections 3.1 to 3.4; SPEC sections 3 to 7.
+    """
+
+    spatial: SpatialStream | None
+    temporal: TemporalStream | None
+    fusion: Fusion
+    tpn: TPNSettings
+    drop: DropSettings
+    recurrent: BiLSTM
+    head: Head
+
+    @nn.compact
+    def __call__(
+        self, rgb: Float[Array, "b t h w 3"], flow: Float[Array, "b t h w c"], *, train: bool
+    ) -> tuple[Float[Array, "b k"], dict[str, Array]]:
+        """Classifies clips.
+
+        Args:
+          rgb: float32 `b t h w 3`, normalised colour.
+          flow: float32 `b t h w c`, normalised flow; the fields of a frame are its channels.
+          train: dropout on (needs the rng 'dropout').
+
+        Returns:
+          float32 logits `b k`, and every named intermediate: 'rgb_block1' to 'rgb_block5',
+          'flow_block1' to 'flow_block4', 'flow_mst1', 'flow_conv3d1', 'flow_mst2', 'flow_conv3d2'
+          and 'rgb_map', 'flow_map' `b t h w c`, 'fused' `b t h w c`, 'pyramid' `b s d`, 'states'
+          `b s n d` (n directions, before dropout), 'step_logits' `b s k`, 'logits' `b k`.
+
+        Raises:
+          ValueError: frames below 32 px, or a number of frames that the windows do not fit.
+        """
+        chex.assert_equal_shape_prefix([rgb, flow], 4)
+        if min(rgb.shape[2:4]) < 32:
+            raise ValueError(
+                f"frames of {rgb.shape[2]}x{rgb.shape[3]} px are too small: five poolings halve "
+                "them, so they need at least 32x32"
+            )
+        features: dict[str, Array] = {}
+        maps = []
+        if self.spatial is not None:
+            blocks = self.spatial(rgb)
+            features |= {f"rgb_{name}": block for name, block in blocks.items()}
+            features["rgb_map"] = blocks["block5"]
+            maps.append(blocks["block5"])
+        if self.temporal is not None:
+            blocks = self.temporal(flow)
+            features |= {f"flow_{name}": block for name, block in blocks.items()}
+            features["flow_map"] = blocks["conv3d2"]
+            maps.append(blocks["conv3d2"])
+        features["fused"] = self.fusion(*maps)
+        features["pyramid"] = segment_vectors(features["fused"], self.tpn)
+        x = nn.Dropout(self.drop.rate(self.drop.input), deterministic=not train)(
+            features["pyramid"]
+        )
+        features["states"] = self.recurrent(x)
+        x = nn.Dropout(self.drop.rate(self.drop.output), deterministic=not train)(
+            features["states"]
+        )
+        features["logits"], features["step_logits"] = self.head(x)
+        return features["logits"], features
+
+
+# A ConfigDict is no Mapping, though it acts as one.
+Config = Mapping[str, Any] | ConfigDict
+Section = TypeVar("Section")
+
+
+def build_model(config: Config, num_classes: int) -> ActionNetwork:
+    """Makes the network that a configuration describes.
+
+    Args:
+      config: the `model` part of a configuration, complete; see `PAPER_MODEL` for the keys, and
+        the settings classes for what they mean.
+      num_classes: classes.
+
+    Returns:
+      The network; equal configurations give equal networks, so that one compiled step serves both.
+
+    Raises:
+      ValueError: an unknown or missing key, an impossible value, or values that do not go together
+        (names the key, what came and what is allowed).
+
+    Example:
+      >>> build_model(PAPER_MODEL, 101).head.num_classes
+      101
+    """
+    _check_keys("", config, list(PAPER_MODEL))
+    check_setting(is_count(config["width"]), "width", config["width"], "an integer from 1 on")
+    check_choice("streams", config["streams"], ("both", "rgb", "flow"))
+    check_choice("norm", config["norm"], ("none", "group"))
+    groups = config["norm_groups"]
+    check_setting(is_count(groups), "norm_groups", groups, "an integer from 1 on")
+    mst = _section(MSTSettings, "mst", config)
+    conv3d = _section(Conv3DSettings, "conv3d", config)
+    temporal = _section(TemporalSettings, "temporal", config)
+    fusion = _section(FusionSettings, "fusion", config)
+    lstm = _section(LSTMSettings, "lstm", config)
+    head = _section(HeadSettings, "head", config)
+    _check_combination(config, conv3d, temporal, fusion)
+    check_setting(
+        head.combine == "project" or lstm.hidden == num_classes,
+        "head.combine",
+        head.combine,
+        f"'project', or lstm.hidden ({lstm.hidden}) equal to the number of classes ({num_classes})",
+    )
+    width, streams = config["width"], config["streams"]
+    norm_groups = groups if config["norm"] == "group" else 0
+    return ActionNetwork(
+        spatial=SpatialStream(width, norm_groups) if streams != "flow" else None,
+        temporal=(
+            TemporalStream(width, mst, conv3d, temporal, norm_groups) if streams != "rgb" else None
+        ),
+        fusion=Fusion(fusion, norm_groups),
+        tpn=_section(TPNSettings, "tpn", config),
+        drop=_section(DropSettings, "drop", config),
+        recurrent=BiLSTM(lstm),
+        head=Head(num_classes, head.combine, head.pool),
+    )
+
+
+def _section(settings: type[Section], name: str, config: Config) -> Section:
+    fields = [field.name for field in dataclasses.fields(settings)]  # type: ignore[arg-type]
+    _check_keys(f"{name}.", config[name], fields)
+    return settings(**config[name])
+
+
+def _check_keys(prefix: str, config: Config, expected: list[str]) -> None:
+    for key in config:
+        near = difflib.get_close_matches(key, expected, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        allowed = f"the keys {', '.join(expected)}{hint}"
+        check_setting(key in expected, f"{prefix}{key}", "an unknown key", allowed)
+    for key in expected:
+        check_setting(key in config, f"{prefix}{key}", "nothing", "a value: the key is missing")
+
+
+def _check_combination(
+    config: Config,
+    conv3d: Conv3DSettings,
+    temporal: TemporalSettings,
+    fusion: FusionSettings,
+) -> None:
+    maps = {"model.width times 8": 8 * config["width"], "conv3d.width": conv3d.width}
+    if config["streams"] == "rgb":
+        del maps["conv3d.width"]
+    elif config["streams"] == "flow":
+        del maps["model.width times 8"]
+    told = ", ".join(f"{name} = {value}" for name, value in maps.items())
+    check_setting(
+        fusion.init != "feichtenhofer" or set(maps.values()) == {fusion.width},
+        "fusion.init",
+        fusion.init,
+        f"'he', or fusion.width ({fusion.width}) equal to the maps' widths ({told})",
+    )
+    check_setting(
+        temporal.init != "inflate" or conv3d.mid == "out" or not conv3d.factorised,
+        "temporal.init",
+        temporal.init,
+        "'he', 'glorot', 'normal001', or conv3d.mid 'out'",
+    )

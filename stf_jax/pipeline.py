@@ -1,0 +1,263 @@
+"""Records -> batches with tf.data: which frames, which flow fields, in which order.
+
+Everything random is a function of (seed, epoch, video id), and the order of (seed, epoch): a
+stream that starts at step k gives the very batches that one started at 0 gives from there on.
+"""
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from stf_jax.datasets import ClipEntry
+from stf_jax.flow import ZERO_FLOW
+from stf_jax.inputs import Batch
+from stf_jax.records import Records
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingSettings:
+    """Which frames of a video make a clip (SPEC section 1) and which fields a stack (section 2).
+
+    Args:
+      num_frames: frames per clip (the paper's T = 24).
+      frame_stride: smallest and largest training stride, both included (the paper's tau, 2 to 10).
+      flow_frames: flow fields per frame (the paper's L = 4), centred on the frame.
+
+    Raises:
+      ValueError: an impossible value (names it).
+    """
+
+    num_frames: int
+    frame_stride: tuple[int, int]
+    flow_frames: int
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        low, high = self.frame_stride
+        if not 1 <= low <= high:
+            raise ValueError(f"sampling.frame_stride must be 1 <= low <= high, got {low}, {high}")
+        if self.num_frames < 2:
+            raise ValueError(f"sampling.num_frames must be at least 2, got {self.num_frames}")
+        if self.flow_frames < 2 or self.flow_frames % 2:
+            raise ValueError(
+                f"sampling.flow_frames must be even (paper: 4), got {self.flow_frames}"
+            )
+
+
+def training_indices(
+    video_frames: tf.Tensor, settings: SamplingSettings, seed: tf.Tensor
+) -> tf.Tensor:
+    """Draws one stride and one start for a clip (SPEC 1.4 to 1.7).
+
+    The stride is uniform on those of `frame_stride` that fit; where none fits it is the largest
+    that does, and at least 1. The start is uniform on what is left.
+
+    Args:
+      video_frames: int32 scalar, decoded frames of the video, at least 1.
+      settings: see there.
+      seed: int32 `2`.
+
+    Returns:
+      int32 `num_frames`; past the end of a shorter video they run on (see `padded`).
+
+    Source: paper, section 4.2; SPEC 1.5 and 1.6 for what it leaves open.
+    """
+    low, high = settings.frame_stride
+    gaps = settings.num_frames - 1
+    fits = (video_frames - 1) // gaps
+    low = tf.where(fits >= low, low, tf.maximum(1, fits))
+    high = tf.maximum(low, tf.minimum(high, fits))
+    stride_seed, start_seed = tf.unstack(tf.random.split(seed, 2))
+    stride = tf.random.stateless_uniform([], stride_seed, low, high + 1, tf.int32)
+    room = tf.maximum(0, video_frames - 1 - gaps * stride)
+    start = tf.random.stateless_uniform([], start_seed, 0, room + 1, tf.int32)
+    return start + stride * tf.range(settings.num_frames)
+
+
+def evaluation_indices(video_frames: tf.Tensor, settings: SamplingSettings) -> tf.Tensor:
+    """Spreads the clip over the whole video: frame k is floor(k N / T) (SPEC 1.8).
+
+    Args:
+      video_frames: int32 scalar N.
+      settings: see there.
+
+    Returns:
+      int32 `num_frames`; a video with fewer frames than that is read frame by frame and runs on.
+
+    Source: paper, section 4.2, the lost formula read as t = N/T.
+    """
+    k = tf.range(settings.num_frames)
+    return tf.where(
+        video_frames < settings.num_frames, k, (k * video_frames) // settings.num_frames
+    )
+
+
+def frame_indices(wanted: tf.Tensor, video_frames: tf.Tensor) -> tf.Tensor:
+    """Repeats the last frame for indices past the end (SPEC 1.3): int32 `t` -> int32 `t`."""
+    return tf.minimum(wanted, video_frames - 1)
+
+
+def flow_indices(wanted: tf.Tensor, video_frames: tf.Tensor, flow_frames: int) -> tf.Tensor:
+    """The window of flow fields around each frame (SPEC 2.4 to 2.7).
+
+    Field k is the motion from frame k to k + 1. Frame c reads fields c - L/2 to c + L/2 - 1, held
+    inside the video at both ends; a repeated last frame does not move, which -1 stands for.
+
+    Args:
+      wanted: int32 `t`, from the samplers above.
+      video_frames: int32 scalar.
+      flow_frames: L.
+
+    Returns:
+      int32 `t l`; -1 means no motion.
+
+    Source: paper, section 3.1; SPEC 2.4.
+    """
+    offsets = tf.range(-(flow_frames // 2), flow_frames // 2)
+    window = tf.clip_by_value(wanted[:, None] + offsets[None, :], 0, video_frames - 2)
+    exists = (wanted[:, None] < video_frames) & (video_frames > 1)
+    return tf.where(exists, window, -1)
+
+
+def decode_clip(
+    frames: tf.Tensor, flow: tf.Tensor, wanted: tf.Tensor, settings: SamplingSettings, size: int
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Decodes just the frames and fields that a clip needs.
+
+    Args:
+      frames: string `n`, JPEG frames of the video.
+      flow: string `n-1`, JPEG fields, u above v.
+      wanted: int32 `t` from a sampler.
+      settings: see there.
+      size: stored side, px.
+
+    Returns:
+      uint8 `t h w 3` and uint8 `t h w 2L`, channels u, v of the first field, then of the next.
+    """
+    total = tf.size(frames)
+    rgb = tf.map_fn(
+        lambda data: tf.ensure_shape(_jpeg(data, 3), [size, size, 3]),
+        tf.gather(frames, frame_indices(wanted, total)),
+        fn_output_signature=tf.TensorSpec([size, size, 3], tf.uint8),
+    )
+    windows = flow_indices(wanted, total, settings.flow_frames)
+    # Neighbouring windows overlap when the stride is below L: decode every field once.
+    needed, where = tf.unique(tf.reshape(windows, [-1]))
+    still = tf.fill([2, size, size], tf.constant(ZERO_FLOW, tf.uint8))
+
+    def field(index: tf.Tensor) -> tf.Tensor:
+        return tf.cond(
+            index < 0,
+            lambda: still,
+            lambda: tf.reshape(
+                tf.ensure_shape(_jpeg(flow[index], 1), [2 * size, size, 1]), [2, size, size]
+            ),
+        )
+
+    fields = tf.map_fn(field, needed, fn_output_signature=tf.TensorSpec([2, size, size], tf.uint8))
+    stacks = tf.reshape(
+        tf.gather(fields, where), [settings.num_frames, 2 * settings.flow_frames, size, size]
+    )
+    return rgb, tf.transpose(stacks, [0, 2, 3, 1])
+
+
+def _jpeg(data: tf.Tensor, channels: int) -> tf.Tensor:
+    # The accurate transform: the fast one differs between machines' libjpeg builds.
+    return tf.io.decode_jpeg(data, channels=channels, dct_method="INTEGER_ACCURATE")
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(num_videos: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch: a permutation of `num_videos` that depends on (seed, epoch) only."""
+    return np.random.default_rng((seed, epoch)).permutation(num_videos)
+
+
+def steps_per_epoch(num_videos: int, batch_size: int) -> int:
+    """Steps that see every video once; the last batch may be partly masked."""
+    return -(-num_videos // batch_size)
+
+
+def sample_seed(seed: int, epoch: int, video_id: str) -> np.ndarray:
+    """The randomness of one sample, uint32 `2`, from (seed, epoch, video id)."""
+    state = np.random.SeedSequence((seed, epoch, zlib.crc32(video_id.encode())))
+    return state.generate_state(2, np.uint32)
+
+
+def batches(
+    records: Records,
+    entries: Sequence[ClipEntry],
+    settings: SamplingSettings,
+    *,
+    batch_size: int,
+    train: bool,
+    seed: int = 0,
+    start_step: int = 0,
+    stop_step: int | None = None,
+) -> Iterator[Batch]:
+    """Streams batches from step `start_step` on.
+
+    Every epoch (`steps_per_epoch` steps) holds each video exactly once: shuffled and sampled at
+    random in training, in the order given and deterministic otherwise. The last batch of an epoch
+    is filled up with masked rows.
+
+    Args:
+      records: the prepared set that holds the videos.
+      entries: the usable clips to read.
+      settings: how to sample.
+      batch_size: rows per batch.
+      train: random order and sampling, or evaluation's.
+      seed: of order and sampling.
+      start_step: first step to yield.
+      stop_step: first step not to yield; None means the end of the first epoch.
+
+    Yields:
+      Batches of numpy arrays, deterministic given the arguments.
+    """
+    per_epoch = steps_per_epoch(len(entries), batch_size)
+    stop_step = per_epoch if stop_step is None else stop_step
+    positions = [records.rows[entry.video_id].record for entry in entries]
+    labels = np.array([entry.label for entry in entries], np.int32)
+
+    def plan(slot: int) -> tuple[bytes, int, np.ndarray]:
+        step, row = divmod(int(slot), batch_size)
+        epoch, step = divmod(step, per_epoch)
+        rank = step * batch_size + row
+        if rank >= len(entries):  # a masked row: any video will do
+            return records.read(positions[0]), -1, np.zeros(2, np.uint32)
+        entry = int(epoch_order(len(entries), seed, epoch)[rank]) if train else rank
+        return (
+            records.read(positions[entry]),
+            entry,
+            sample_seed(seed, epoch, entries[entry].video_id),
+        )
+
+    def load(slot: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        serialised, entry, random = tf.numpy_function(
+            lambda s: (lambda data, e, r: (data, np.int32(e), r))(*plan(s)),
+            [slot],
+            (tf.string, tf.int32, tf.uint32),
+        )
+        example = records.parse(tf.ensure_shape(serialised, []))
+        entry, random = tf.ensure_shape(entry, []), tf.ensure_shape(random, [2])
+        total = tf.size(example["frames"])
+        if train:
+            wanted = training_indices(total, settings, tf.bitcast(random, tf.int32))
+        else:
+            wanted = evaluation_indices(total, settings)
+        rgb, flow = decode_clip(
+            example["frames"], example["flow"], wanted, settings, records.settings.size
+        )
+        return rgb, flow, tf.gather(labels, tf.maximum(entry, 0)), entry >= 0, entry, random
+
+    slots = tf.data.Dataset.range(start_step * batch_size, stop_step * batch_size)
+    stream = (
+        slots.map(load, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        .batch(batch_size, drop_remainder=True)
+        .prefetch(2)
+    )
+    for arrays in stream.as_numpy_iterator():
+        yield Batch(*arrays)

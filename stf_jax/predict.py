@@ -1,0 +1,84 @@
+"""A trained run on any video file."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+
+from stf_jax.checkpoint import Params
+from stf_jax.evaluate import score_batch
+from stf_jax.inputs import Batch
+from stf_jax.model import ActionNetwork
+from stf_jax.pipeline import SamplingSettings, decode_clip, evaluation_indices
+from stf_jax.prepare import EncodedVideo, encode_video
+from stf_jax.run import Run, Settings
+
+
+def clip_of(
+    frames: tuple[bytes, ...], flow: tuple[bytes, ...], sampling: SamplingSettings, size: int
+) -> Batch:
+    """The one deterministic clip of a video (SPEC 1.8) as a batch of one."""
+    wanted = evaluation_indices(tf.constant(len(frames), tf.int32), sampling)
+    # A one-frame video has no flow; tf.constant cannot tell the type of an empty tuple.
+    fields = tf.constant(list(flow), tf.string, shape=[len(flow)])
+    rgb, stacks = decode_clip(tf.constant(list(frames)), fields, wanted, sampling, size)
+    return Batch(
+        rgb=rgb.numpy()[None],
+        flow=stacks.numpy()[None],
+        label=np.zeros(1, np.int32),
+        mask=np.ones(1, bool),
+        entry=np.zeros(1, np.int32),
+        seed=np.zeros((1, 2), np.uint32),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictor:
+    """The best weights of a finished run, ready for videos.
+
+    Args:
+      settings: the run's settings.
+      class_names: its classes.
+      model: its network.
+      params: its weights.
+    """
+
+    settings: Settings
+    class_names: tuple[str, ...]
+    model: ActionNetwork
+    params: Params
+
+    @classmethod
+    def load(cls, workdir: Path) -> "Predictor":
+        """Reads a run's folder.
+
+        Raises:
+          FileNotFoundError: it is not the folder of a trained run.
+        """
+        run = Run(workdir)
+        settings = run.settings()
+        class_names = tuple(run.read_json("data.json")["class_names"])
+        model = settings.model(len(class_names))
+        checkpoints = run.best(settings.evaluated_stage)
+        _, params, _ = checkpoints.restore(settings.abstract_params(len(class_names)))
+        checkpoints.close()
+        return cls(settings, class_names, model, params)
+
+    def predict(self, path: Path) -> np.ndarray:
+        """Class probabilities of a video file, float32 `k`.
+
+        The file goes through the bytes that preparation would store, so a test video gets the
+        scores that the evaluation gave it.
+
+        Raises:
+          VideoFault: the file is not a usable video (says why).
+        """
+        return self.score(encode_video(path, self.settings.records))
+
+    def score(self, video: EncodedVideo) -> np.ndarray:
+        """Class probabilities of an encoded video, float32 `k`."""
+        settings = self.settings
+        clip = clip_of(video.frames, video.flow, settings.sampling, settings.records.size)
+        probabilities = score_batch(self.params, clip, model=self.model, inputs=settings.inputs)
+        return np.asarray(probabilities)[0]

@@ -1,0 +1,429 @@
+"""Video files -> encoded frames and optical flow, once, in parallel, safe against any interruption.
+
+This is the slow part of the data's walk and needs neither TensorFlow nor JAX: worker processes
+import this module only. Every video becomes one staged file, written aside and renamed, so a run
+that is killed at any moment leaves only finished videos behind and the next one does the rest.
+`stf_jax.records` packs the staged files into a tfds data set.
+"""
+
+import csv
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import io
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, TimeoutError, wait
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+
+import cv2
+import numpy as np
+from pebble import ProcessExpired, ProcessPool
+
+from stf_jax import flow as optical_flow
+from stf_jax import progress
+from stf_jax.video import Limits, VideoFault, VideoInfo, VideoReader
+
+# Raised when the meaning of the stored bytes changes, so that old caches are never mixed in.
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordSettings:
+    """How videos are stored. Everything but `root`, `timeout` and `workers` is part of the key.
+
+    Args:
+      root: folder that holds one sub-folder per data set and settings.
+      size: side of the stored square frames and flow fields, px (SPEC 3.2: direct squash).
+      flow_size: side of the square frames that flow is computed on, px; the field is then scaled
+        to `size` together with its values (SPEC 2.9).
+      flow_algorithm: one of `stf_jax.flow.FLOW_ALGORITHMS` (SPEC 2.1).
+      flow_bound: truncation of flow in px per frame at the stored size (SPEC 2.8).
+      jpeg_quality: 1 to 100, of frames and of flow (SPEC 2.11: at least 95 for flow).
+      min_truncated_frames: a video that ends before its time is used only with this many frames.
+      max_pixels: largest width x height that is decoded.
+      max_frames: longest video that is decoded, frames.
+      max_seconds: longest video that is decoded, seconds.
+      timeout: seconds after which a worker that hangs on one video is replaced.
+      workers: processes; 0 means one per CPU core.
+
+    Raises:
+      ValueError: a value that cannot work (names it).
+    """
+
+    root: str
+    size: int
+    flow_size: int
+    flow_algorithm: str
+    flow_bound: float
+    jpeg_quality: int
+    min_truncated_frames: int
+    max_pixels: int
+    max_frames: int
+    max_seconds: float
+    timeout: float
+    workers: int
+
+    def __post_init__(self) -> None:
+        """Checks what would otherwise fail in the first worker."""
+        optical_flow.make_flow(self.flow_algorithm)
+        for name, low, high in (
+            ("size", 16, 2048),
+            ("flow_size", 32, 2048),
+            ("flow_bound", 0.1, 1000),
+            ("jpeg_quality", 1, 100),
+            ("timeout", 1, 1e6),
+            ("workers", 0, 4096),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ValueError(f"records.{name} must be in [{low}, {high}], got {value}")
+
+    def stamp(self) -> dict[str, object]:
+        """The settings that change the stored bytes, for keys, manifests and checkpoints."""
+        fields = dataclasses.asdict(self)
+        for name in ("root", "timeout", "workers"):
+            del fields[name]
+        return {"format": FORMAT, **fields}
+
+    def limits(self) -> Limits:
+        """What one video may cost."""
+        return Limits(self.max_pixels, self.max_frames, self.max_seconds)
+
+
+@dataclasses.dataclass(frozen=True)
+class ManifestRow:
+    """What became of one video file.
+
+    `status` is 'ok', 'truncated' (ends before its time but is used) or 'invalid' (not used);
+    `reason` says why it is not 'ok'. `record` is the position in the record set, -1 if invalid.
+    """
+
+    video_id: str
+    status: str
+    reason: str
+    num_frames: int
+    header_frames: int
+    fps: float
+    width: int
+    height: int
+    codec: str
+    container: str
+    rotation: int
+    bytes: int
+    sha256: str
+    record: int = -1
+
+    @property
+    def usable(self) -> bool:
+        """Whether training and evaluation may read it."""
+        return self.status != "invalid"
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedVideo:
+    """A decoded video as it is stored.
+
+    Args:
+      frames: JPEG of each RGB frame, uint8 [size size 3].
+      flow: JPEG of each field between consecutive frames, grey uint8 [2*size size]: u above v,
+        quantised; one fewer than frames.
+      info: what the decoder found.
+    """
+
+    frames: tuple[bytes, ...]
+    flow: tuple[bytes, ...]
+    info: VideoInfo
+
+
+def encode_video(path: Path, settings: RecordSettings) -> EncodedVideo:
+    """Decodes a file, computes its flow and encodes both.
+
+    Prediction calls this too, so a file seen for the first time goes through the very bytes that
+    training and evaluation read.
+
+    Raises:
+      VideoFault: the file is not a video that can be used.
+    """
+    compute = optical_flow.make_flow(settings.flow_algorithm)
+    stored, motion = (settings.size,) * 2, (settings.flow_size,) * 2
+    reader = VideoReader(path, settings.limits())
+    frames, fields = [], []
+    previous: np.ndarray | None = None
+    for frame in reader:
+        frames.append(_jpeg(_resize(frame, stored)[..., ::-1], settings.jpeg_quality))
+        grey = optical_flow.to_grey(_resize(frame, motion))
+        if previous is not None:
+            field = optical_flow.resize_flow(compute(previous, grey), stored)
+            quantised = optical_flow.quantise(field, settings.flow_bound)
+            stacked = np.concatenate([quantised[..., 0], quantised[..., 1]])
+            fields.append(_jpeg(stacked, settings.jpeg_quality))
+        previous = grey
+    return EncodedVideo(tuple(frames), tuple(fields), reader.info)
+
+
+def _resize(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Squashes a frame to (height, width); area averaging when it shrinks, so nothing aliases."""
+    height, width = size
+    shrinks = frame.shape[0] >= height and frame.shape[1] >= width
+    mode = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
+    return cv2.resize(frame, (width, height), interpolation=mode)
+
+
+def _jpeg(image: np.ndarray, quality: int) -> bytes:
+    written, encoded = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])
+    if not written:
+        raise RuntimeError(f"OpenCV could not encode an image of shape {image.shape} as JPEG")
+    return encoded.tobytes()
+
+
+def describe(
+    video_id: str, path: Path, settings: RecordSettings
+) -> tuple[ManifestRow, EncodedVideo | None]:
+    """Encodes one video, or says in its manifest row why not.
+
+    Returns:
+      The row, and the encoded video unless the row is invalid.
+    """
+    try:
+        digest, size = _digest(path)
+    except OSError as error:
+        return invalid_row(video_id, f"cannot be read: {error.strerror or error}"), None
+    try:
+        encoded = encode_video(path, settings)
+    except VideoFault as fault:
+        return invalid_row(video_id, fault.reason, size, digest), None
+    info = encoded.info
+    status, reason = "ok", ""
+    if info.truncated:
+        promised = f" of {info.header_frames}" if info.header_frames else ""
+        reason = f"ends before its time: {info.num_frames}{promised} frames decoded"
+        status = "truncated" if info.num_frames >= settings.min_truncated_frames else "invalid"
+    row = ManifestRow(
+        video_id=video_id,
+        status=status,
+        reason=reason,
+        num_frames=info.num_frames,
+        header_frames=info.header_frames or -1,
+        fps=round(float(info.fps or 0.0), 6),
+        width=info.width,
+        height=info.height,
+        codec=info.codec,
+        container=info.container,
+        rotation=info.rotation,
+        bytes=size,
+        sha256=digest,
+    )
+    return row, encoded if row.usable else None
+
+
+def invalid_row(video_id: str, reason: str, size: int = 0, digest: str = "") -> ManifestRow:
+    """The manifest row of a file that cannot be used."""
+    return ManifestRow(video_id, "invalid", reason, 0, -1, 0.0, 0, 0, "", "", 0, size, digest)
+
+
+def _digest(path: Path) -> tuple[str, int]:
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return digest, os.fstat(file.fileno()).st_size
+
+
+# --- staging ---------------------------------------------------------------------------------
+
+
+def staged_path(folder: Path, video_id: str) -> Path:
+    """Where the staged file of a video lies; hashed, so that any name is a valid file name."""
+    return folder / (hashlib.sha256(video_id.encode()).hexdigest()[:32] + ".npz")
+
+
+def write_staged(path: Path, row: ManifestRow, encoded: EncodedVideo | None) -> None:
+    """Writes a staged file aside and renames it: it is there whole or not at all."""
+    arrays = {"row": np.frombuffer(json.dumps(dataclasses.asdict(row)).encode(), np.uint8)}
+    if encoded is not None:
+        arrays |= _packed("frames", encoded.frames) | _packed("flow", encoded.flow)
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **arrays)
+    write_aside(path, buffer.getvalue())
+
+
+def read_staged(path: Path) -> tuple[ManifestRow, tuple[bytes, ...], tuple[bytes, ...]]:
+    """Reads what `write_staged` wrote: the row, the frames and the flow fields (JPEG)."""
+    with np.load(path, allow_pickle=False) as arrays:
+        row = ManifestRow(**json.loads(arrays["row"].tobytes()))
+        if not row.usable:
+            return row, (), ()
+        return row, _unpacked("frames", arrays), _unpacked("flow", arrays)
+
+
+def _packed(name: str, items: Sequence[bytes]) -> dict[str, np.ndarray]:
+    ends = np.cumsum([len(item) for item in items], dtype=np.int64)
+    return {name: np.frombuffer(b"".join(items), np.uint8), f"{name}_ends": ends}
+
+
+def _unpacked(name: str, arrays: Mapping[str, np.ndarray]) -> tuple[bytes, ...]:
+    data, ends = arrays[name].tobytes(), arrays[f"{name}_ends"].tolist()
+    return tuple(data[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=False))
+
+
+def write_aside(path: Path, data: bytes) -> None:
+    """Writes `data` to a neighbour of `path`, flushes it to disk and renames it into place."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(aside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def stage_videos(
+    videos: Mapping[str, Path], folder: Path, settings: RecordSettings
+) -> dict[str, ManifestRow]:
+    """Stages every video that is not staged yet, in parallel, with a bar and a time-out each.
+
+    Args:
+      videos: file of each video id.
+      folder: where staged files go; made if absent; left-overs of a killed run are removed.
+      settings: how to encode.
+
+    Returns:
+      The manifest row of every video, in the order given.
+
+    Raises:
+      OSError: the staging folder cannot be written (full disk, quota, read-only).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for left_over in folder.glob(".*.part"):
+        left_over.unlink()
+    rows = {}
+    waiting = []
+    for video_id, path in videos.items():
+        staged = staged_path(folder, video_id)
+        if staged.exists():
+            rows[video_id] = read_staged(staged)[0]
+        else:
+            waiting.append((video_id, path, staged))
+    if waiting:
+        with progress.bar(
+            total=len(videos),
+            initial=len(rows),
+            description="videos -> frames and flow",
+            unit="video",
+        ) as bar:
+            for row in _in_parallel(waiting, settings):
+                rows[row.video_id] = row
+                bar.update()
+    return {video_id: rows[video_id] for video_id in videos}
+
+
+def _in_parallel(
+    waiting: Sequence[tuple[str, Path, Path]], settings: RecordSettings
+) -> Iterator[ManifestRow]:
+    workers = min(settings.workers or os.cpu_count() or 1, len(waiting))
+    # 'spawn': a forked child would inherit the threads and locks of JAX and TensorFlow.
+    pool = ProcessPool(workers, context=get_context("spawn"), initializer=_one_thread)
+    try:
+        futures = {
+            pool.schedule(_stage_one, args=(*job, settings), timeout=settings.timeout): job
+            for job in waiting
+        }
+        pending = set(futures)
+        while pending:
+            done, pending = wait(pending, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield _outcome(future.result, *futures[future], settings)
+        pool.close()
+    except BaseException:
+        pool.stop()
+        raise
+    finally:
+        pool.join()
+
+
+def _outcome(
+    result: Callable[[], ManifestRow],
+    video_id: str,
+    _: Path,
+    staged: Path,
+    settings: RecordSettings,
+) -> ManifestRow:
+    """A worker's row; a worker that hung or crashed has marked its video by doing so."""
+    try:
+        return result()
+    except TimeoutError:
+        row = invalid_row(video_id, f"decoding did not end within {settings.timeout:g} s")
+    except ProcessExpired as crash:
+        row = invalid_row(video_id, f"decoding crashed its process (exit code {crash.exitcode})")
+    write_staged(staged, row, None)
+    return row
+
+
+def _one_thread() -> None:
+    # One process per core is the parallelism; threads inside would only fight over the cores.
+    cv2.setNumThreads(1)
+
+
+def _stage_one(video_id: str, path: Path, staged: Path, settings: RecordSettings) -> ManifestRow:
+    row, encoded = describe(video_id, path, settings)
+    write_staged(staged, row, encoded)
+    return row
+
+
+# --- manifest --------------------------------------------------------------------------------
+
+
+def write_manifest(path: Path, rows: Sequence[ManifestRow]) -> None:
+    """Writes the rows as CSV, aside and renamed."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, [field.name for field in dataclasses.fields(ManifestRow)])
+    writer.writeheader()
+    writer.writerows(dataclasses.asdict(row) for row in rows)
+    write_aside(path, text.getvalue().encode())
+
+
+def read_manifest(path: Path) -> dict[str, ManifestRow]:
+    """Reads `write_manifest`'s CSV back, by video id."""
+    kinds = {field.name: field.type for field in dataclasses.fields(ManifestRow)}
+    rows = {}
+    with open(path, newline="", encoding="utf-8") as file:
+        for values in csv.DictReader(file):
+            typed = {name: kinds[name](value) for name, value in values.items()}  # type: ignore[operator]
+            rows[values["video_id"]] = ManifestRow(**typed)
+    return rows
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds the only right to write into `folder`.
+
+    The operating system drops the lock when its holder ends, however it ends, so there are no
+    stale locks to clean up.
+
+    Raises:
+      RuntimeError: another process holds it (names its pid and host).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            file.seek(0)
+            raise RuntimeError(
+                f"{folder} is in use by {file.read().strip() or 'another process'}. "
+                "Wait until it ends, or stop it, and run the same command again."
+            ) from None
+        file.seek(0)
+        file.truncate()
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield

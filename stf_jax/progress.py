@@ -1,0 +1,50 @@
+"""What a user sees while the program works: lines that stay, and bars with rate and time left."""
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from tqdm import tqdm
+
+
+def say(message: str) -> None:
+    """Prints one line to standard output without tearing a progress bar apart."""
+    tqdm.write(message, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def bar(
+    iterable: Iterable[Any] | None = None,
+    *,
+    total: int,
+    description: str,
+    unit: str,
+    initial: int = 0,
+) -> tqdm:
+    """Returns a progress bar that shows the rate and the remaining time.
+
+    In a terminal it redraws itself; in a log file it adds a line every 15 seconds at the most, so
+    that the log of a run that takes days stays readable.
+
+    Args:
+      iterable: what to count, or None to count by hand with `update`.
+      total: how many items there are, including those done before.
+      description: what is being done.
+      unit: the singular name of an item.
+      initial: items that an earlier, interrupted run has done.
+
+    Returns:
+      A tqdm bar, also usable as a context manager.
+    """
+    interactive = sys.stderr.isatty()
+    return tqdm(
+        iterable,
+        total=total,
+        desc=description,
+        unit=f" {unit}",
+        initial=initial,
+        mininterval=0.2 if interactive else 15.0,
+        maxinterval=1.0 if interactive else 30.0,
+        dynamic_ncols=interactive,
+        ncols=None if interactive else 100,
+    )

@@ -1,0 +1,408 @@
+"""The training step and the loop of one stage."""
+
+import dataclasses
+import functools
+import itertools
+import json
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array
+
+from stf_jax import progress
+from stf_jax.checkpoint import Checkpoints, Params, starting_params, write_fates
+from stf_jax.datasets import VideoIndex
+from stf_jax.evaluate import evaluate_subset
+from stf_jax.inputs import Batch, InputSettings, network_input
+from stf_jax.metrics import Sums, cross_entropy
+from stf_jax.model import ActionNetwork
+from stf_jax.optim import OptimizerSettings, learning_rate_fn, make_optimizer
+from stf_jax.pipeline import batches, steps_per_epoch
+from stf_jax.records import Records
+from stf_jax.run import Run, Settings, usable_entries
+
+
+class Interrupted(InterruptedError):
+    """The run was asked to stop and has saved its state; `signum` says by which signal."""
+
+    def __init__(self, signum: int):
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.signum = signum
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that a step changes.
+
+    Attributes:
+      step: steps done in this stage.
+      params: the network's parameters.
+      opt_state: the optimiser's.
+      sums: loss and hits of the epoch so far, so that even an epoch's figures survive a kill.
+    """
+
+    step: Array
+    params: Params
+    opt_state: Any
+    sums: Sums
+
+
+def initial_state(params: Params, optimizer: OptimizerSettings) -> TrainState:
+    """The state before the first step of a stage."""
+    opt_state = make_optimizer(optimizer).init(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, Sums.zero())
+
+
+@functools.partial(
+    jax.jit, static_argnames=("model", "inputs", "optimizer"), donate_argnames=("state",)
+)
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    key: Array,
+    learning_rate: Array,
+    *,
+    model: ActionNetwork,
+    inputs: InputSettings,
+    optimizer: OptimizerSettings,
+) -> tuple[TrainState, Array]:
+    """One update of all parameters together (paper, section 3.5: nothing is frozen).
+
+    Args:
+      state: before the step; its buffers are reused.
+      batch: clips; masked rows do not count.
+      key: the stage's key; the step folds its own number in.
+      learning_rate: float32 scalar.
+      model: the network.
+      inputs: how clips become network input.
+      optimizer: what turns gradients into updates.
+
+    Returns:
+      The state after the step, and the mean loss of the batch before it.
+    """
+    rgb, flow = network_input(batch, inputs, train=True)
+    dropout = jax.random.fold_in(key, state.step)
+
+    def loss_fn(params: Params) -> tuple[Array, tuple[Array, Array]]:
+        logits, features = model.apply(
+            {"params": params}, rgb, flow, train=True, rngs={"dropout": dropout}
+        )
+        every_step = model.head.pool == "per_step_loss"
+        loss = cross_entropy(logits, features, batch.label, every_step=every_step)
+        weight = batch.mask.astype(jnp.float32)
+        return (loss * weight).sum() / weight.sum(), (loss, logits)
+
+    (mean, (loss, logits)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    updates, opt_state = make_optimizer(optimizer).update(gradients, state.opt_state, state.params)
+    updates = jax.tree.map(lambda update: learning_rate * update, updates)
+    params = optax.apply_updates(state.params, updates)
+    sums = state.sums + Sums.of(loss, logits, batch.label, batch.mask)
+    return TrainState(state.step + 1, params, opt_state, sums), mean
+
+
+@dataclasses.dataclass
+class StageProgress:
+    """What the loop remembers between epochs; stored with every checkpoint.
+
+    Attributes:
+      epoch: epochs done.
+      best_epoch: epoch with the best validation accuracy, 0 before any.
+      best_top1: that accuracy (ties: the lower loss wins); None without a validation set.
+      best_loss: its loss.
+      plateau_top1: accuracy that the stop rule compares with.
+      plateau_epochs: epochs since it last rose by more than `min_delta`.
+      seconds: time spent, over all restarts.
+    """
+
+    epoch: int = 0
+    best_epoch: int = 0
+    best_top1: float | None = None
+    best_loss: float | None = None
+    plateau_top1: float = -1.0
+    plateau_epochs: int = 0
+    seconds: float = 0.0
+
+    def update(self, top1: float, loss: float, min_delta: float) -> bool:
+        """Takes in one validation; returns whether it is the best so far."""
+        if top1 > self.plateau_top1 + min_delta:
+            self.plateau_top1, self.plateau_epochs = top1, 0
+        else:
+            self.plateau_epochs += 1
+        best = (-1.0, 0.0) if self.best_top1 is None else (self.best_top1, -(self.best_loss or 0))
+        if (top1, -loss) <= best:
+            return False
+        self.best_epoch, self.best_top1, self.best_loss = self.epoch, top1, loss
+        return True
+
+
+def train_stage(
+    run: Run, settings: Settings, name: str, index: VideoIndex, records: Records
+) -> dict[str, Any]:
+    """Trains one stage to its end, from wherever it stands.
+
+    Args:
+      run: the run's folder.
+      settings: the run's settings.
+      name: the stage.
+      index: the videos.
+      records: their stored frames and flow.
+
+    Returns:
+      The stage's summary, also written to its `done.json`.
+
+    Raises:
+      Interrupted: after SIGTERM or SIGINT, with everything saved.
+      FloatingPointError: the loss is not finite (names step and videos).
+    """
+    done = run.stage_file(name, "done.json")
+    if done.exists():
+        return json.loads(done.read_text())
+    stage = settings.stages[name]
+    entries = usable_entries(index, records, "train")
+    per_epoch = steps_per_epoch(len(entries), settings.config.batch_size)
+    best, last = run.best(name), run.last(name)
+    try:
+        state, memory = _start(run, settings, name, len(index.class_names), last)
+        with stop_requests() as stop:
+            loop = _Loop(run, settings, name, index, records, best, last, stop, int(state.step))
+            stopped = loop.finished(memory)
+            while not stopped:
+                state = loop.epoch(state, memory)
+                stopped = loop.finished(memory)
+    finally:
+        best.close()
+        last.close()
+    summary = {
+        "name": name,
+        "learning_rate": stage.learning_rate,
+        "epochs": memory.epoch,
+        "steps": memory.epoch * per_epoch,
+        "best_epoch": memory.best_epoch,
+        "best_top1": memory.best_top1,
+        "stopped": stopped,
+        "seconds": round(memory.seconds, 1),
+    }
+    run.write_json(f"stages/{name}/done.json", summary)
+    return summary
+
+
+def _start(
+    run: Run, settings: Settings, name: str, num_classes: int, last: Checkpoints
+) -> tuple[TrainState, StageProgress]:
+    """Where a stage goes on: its own last checkpoint, else the hand-off, else VGG, else scratch."""
+    model = settings.model(num_classes)
+    if last.latest_step() is not None:
+        like = jax.eval_shape(
+            lambda: initial_state(settings.initial_params(model), settings.optimizer)
+        )
+        step, state, record = last.restore(like)
+        memory = StageProgress(**record)
+        progress.say(f"stage '{name}': continuing after step {step} (epoch {memory.epoch + 1})")
+        return state, memory
+    config = settings.config
+    params, fates = starting_params(
+        lambda: settings.initial_params(model),
+        previous=_previous_stage(run, settings, name, num_classes),
+        vgg=config.pretrained,
+        temporal_init=config.model.temporal.init,
+        conv1_init=config.model.temporal.conv1_init,
+    )
+    write_fates(run.stage_file(name, "weights.json"), fates, params)
+    kinds = sorted({fate.split(" from ")[0] for fate in fates.values()})
+    counts = {k: sum(fate.split(" from ")[0] == k for fate in fates.values()) for k in kinds}
+    told = ", ".join(f"{count} tensors {kind}" for kind, count in counts.items())
+    progress.say(f"stage '{name}': {told} (each in {run.stage_file(name, 'weights.json')})")
+    return initial_state(params, settings.optimizer), StageProgress()
+
+
+def _previous_stage(
+    run: Run, settings: Settings, name: str, num_classes: int
+) -> tuple[str, Params] | None:
+    order = settings.config.stage_order
+    position = order.index(name)
+    if not position:
+        return None
+    source = run.best(order[position - 1])
+    try:
+        return order[position - 1], source.restore(settings.abstract_params(num_classes))[1]
+    finally:
+        source.close()
+
+
+class _Loop:
+    """One stage's loop; its methods share what does not change."""
+
+    def __init__(
+        self,
+        run: Run,
+        settings: Settings,
+        name: str,
+        index: VideoIndex,
+        records: Records,
+        best: Checkpoints,
+        last: Checkpoints,
+        stop: list[int],
+        start_step: int,
+    ):
+        self._run, self._settings, self._name = run, settings, name
+        self._index, self._records = index, records
+        self._best, self._last, self._stop = best, last, stop
+        self._stage = settings.stages[name]
+        self._model = settings.model(len(index.class_names))
+        self._entries = usable_entries(index, records, "train")
+        self._per_epoch = steps_per_epoch(len(self._entries), settings.config.batch_size)
+        self._rate = learning_rate_fn(self._stage, self._per_epoch)
+        # A stage's randomness differs from the other stages' but not between restarts.
+        number = settings.config.stage_order.index(name)
+        self._key = jax.random.fold_in(jax.random.key(settings.config.seed), number + 1)
+        self._validates = bool(usable_entries(index, records, "validation"))
+        # One stream for all epochs: the next epoch's clips are read while this one is validated.
+        self._stream = batches(
+            records,
+            self._entries,
+            settings.sampling,
+            batch_size=settings.config.batch_size,
+            train=True,
+            seed=settings.config.seed * 1000 + number,
+            start_step=start_step,
+            stop_step=self._stage.max_epochs * self._per_epoch,
+        )
+        self._clock = time.monotonic()
+
+    def finished(self, memory: StageProgress) -> str:
+        """Why the stage is over, or ''."""
+        if self._validates and memory.plateau_epochs >= self._stage.patience:
+            return f"validation accuracy settled ({self._stage.patience} epochs without a rise)"
+        if memory.epoch >= self._stage.max_epochs:
+            return "max_epochs reached"
+        return ""
+
+    def epoch(self, state: TrainState, memory: StageProgress) -> TrainState:
+        """Trains to the end of the current epoch, validates and saves."""
+        first = int(state.step) - memory.epoch * self._per_epoch
+        title = f"{self._name} epoch {memory.epoch + 1}/{self._stage.max_epochs}"
+        with progress.bar(
+            total=self._per_epoch, initial=first, description=title, unit="step"
+        ) as bar:
+            for batch in itertools.islice(self._stream, self._per_epoch - first):
+                step = int(state.step)
+                state, loss = train_step(
+                    state,
+                    batch,
+                    self._key,
+                    np.float32(self._rate(step)),
+                    model=self._model,
+                    inputs=self._settings.inputs,
+                    optimizer=self._settings.optimizer,
+                )
+                self._check_finite(float(loss), step, batch)
+                bar.update()
+                bar.set_postfix(loss=f"{float(loss):.3f}", refresh=False)
+                step += 1
+                due = step % self._settings.config.checkpoint_every_steps == 0
+                if step % self._per_epoch and (due or self._stop):
+                    self._save(state, memory)
+                    if self._stop:
+                        raise Interrupted(self._stop[0])
+        return self._end_epoch(state, memory)
+
+    def _check_finite(self, loss: float, step: int, batch: Batch) -> None:
+        if np.isfinite(loss):
+            return
+        ids = ", ".join(self._entries[i].video_id for i in batch.entry[batch.mask])
+        raise FloatingPointError(
+            f"stage '{self._name}': the loss is {loss} at step {step}, on {ids}. The last finite "
+            f"checkpoint is step {self._last.latest_step()}. Lower the learning rate, or look at "
+            "these videos."
+        )
+
+    def _end_epoch(self, state: TrainState, memory: StageProgress) -> TrainState:
+        memory.epoch += 1
+        step = int(state.step)
+        rows = [self._row("train", memory, step, state.sums.means(), int(state.sums.count))]
+        improved = True
+        if self._validates:
+            figures = evaluate_subset(
+                self._settings, state.params, self._index, self._records, "validation"
+            ).figures()
+            improved = memory.update(figures.top1, figures.loss, self._stage.min_delta)
+            means = {"loss": figures.loss, "top1": figures.top1}
+            rows.append(self._row("validation", memory, step, means, figures.num_videos))
+        else:
+            memory.best_epoch = memory.epoch
+        state = state.replace(sums=Sums.zero())
+        if improved:
+            self._best.save(step, state.params, {"epoch": memory.epoch})
+        self._tick(memory)
+        with open(self._run.workdir / "metrics.jsonl", "a", encoding="utf-8") as log:
+            log.writelines(
+                json.dumps({**row, "seconds": round(memory.seconds, 1)}) + "\n" for row in rows
+            )
+        progress.say(
+            f"{self._name} epoch {memory.epoch}: "
+            + ", ".join(f"{r['kind']} loss {r['loss']:.3f} top-1 {r['top1']:.1%}" for r in rows)
+            + (" (best)" if improved and self._validates else "")
+        )
+        self._save(state, memory)
+        if self._stop:
+            raise Interrupted(self._stop[0])
+        return state
+
+    def _row(
+        self, kind: str, memory: StageProgress, step: int, means: dict[str, float], count: int
+    ) -> dict[str, Any]:
+        return {
+            "stage": self._name,
+            "kind": kind,
+            "epoch": memory.epoch,
+            "step": step,
+            "learning_rate": float(self._rate(step - 1)),
+            "num_videos": count,
+            **means,
+        }
+
+    def _save(self, state: TrainState, memory: StageProgress) -> None:
+        self._tick(memory)
+        self._last.save(int(state.step), state, dataclasses.asdict(memory))
+
+    def _tick(self, memory: StageProgress) -> None:
+        now = time.monotonic()
+        memory.seconds += now - self._clock
+        self._clock = now
+
+
+@contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT instead of dying; the second one acts at once.
+
+    Yields:
+      A list that holds the number of the signal once one has come.
+    """
+    received: list[int] = []
+    old: dict[int, Any] = {}
+
+    def restore() -> None:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+    def note(number: int, _: Any) -> None:
+        received.append(number)
+        progress.say(
+            f"{signal.Signals(number).name}: finishing this step and saving. Again to stop at once."
+        )
+        restore()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        old[number] = signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        restore()

@@ -1,0 +1,451 @@
+"""The VGG-16 trunk, the convolution that every layer uses, and the port of the Keras weights."""
+
+import dataclasses
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import h5py
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange, reduce
+from jax import lax
+from jaxtyping import Array, Float
+
+KERAS_FILE = "vgg16_weights_tf_dim_ordering_tf_kernels_notop.h5"
+KERAS_MD5 = "6d6bbae143d832006294945121d1f1fc"
+KERAS_URL = f"https://storage.googleapis.com/tensorflow/keras-applications/vgg16/{KERAS_FILE}"
+
+Tensor = np.ndarray | Array
+
+HE_NORMAL = nn.initializers.he_normal()
+
+# Channels of a block in multiples of the first block's, and its number of convolutions.
+_BLOCKS = ((1, 2), (2, 2), (4, 3), (8, 3), (8, 3))
+_WIDTH = 64  # channels of the first block in the published network
+
+
+def check_setting(ok: bool, key: str, got: object, allowed: str) -> None:
+    """Raises a ValueError that names the key, what came and what is allowed, unless `ok`."""
+    if not ok:
+        raise ValueError(f"model.{key}: got {got!r}, allowed: {allowed}")
+
+
+def check_choice(key: str, got: object, allowed: tuple[str, ...]) -> None:
+    """As `check_setting`, for one of several words."""
+    check_setting(got in allowed, key, got, ", ".join(map(repr, allowed)))
+
+
+def is_count(value: object) -> bool:
+    """Whether a setting's value is an integer of at least 1 (a bool is not)."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def convolve(
+    x: Float[Array, "b t h w i"], kernel: Float[Array, "... i o"], *, stride: int = 1
+) -> Float[Array, "b t hh ww o"]:
+    """Convolves a clip in space, in time or in both; zero padding keeps the size (SAME).
+
+    Every convolution of the network comes through here, so another algorithm for some backend is
+    one change. A spatial kernel sees single frames (t folds into b); a temporal kernel sees single
+    places (h and w fold into one axis, which moves no data).
+
+    Args:
+      x: float32 `b t h w i`.
+      kernel: float32 `h w i o` (space), `t i o` (time) or `t h w i o` (both).
+      stride: step in h and w; time is never thinned out.
+
+    Returns:
+      float32 `b t h w o`, h and w divided by `stride` (rounded up).
+
+    Raises:
+      ValueError: a kernel of another rank, or a temporal kernel with a stride.
+
+    Example:
+      >>> clip = jnp.arange(3.0).reshape(1, 3, 1, 1, 1)
+      >>> convolve(clip, jnp.array([1.0, 0.0, 0.0]).reshape(3, 1, 1)).ravel().tolist()
+      [0.0, 0.0, 1.0]
+    """
+    b, h = x.shape[0], x.shape[2]
+    if kernel.ndim == 4:
+        y = lax.conv_general_dilated(
+            rearrange(x, "b t h w i -> (b t) h w i"),
+            kernel,
+            window_strides=(stride, stride),
+            padding="SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return rearrange(y, "(b t) h w o -> b t h w o", b=b)
+    if kernel.ndim == 3 and stride == 1:
+        y = lax.conv_general_dilated(
+            rearrange(x, "b t h w i -> b t (h w) i"),
+            rearrange(kernel, "t i o -> t 1 i o"),
+            window_strides=(1, 1),
+            padding="SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return rearrange(y, "b t (h w) o -> b t h w o", h=h)
+    if kernel.ndim == 5:
+        return lax.conv_general_dilated(
+            x,
+            kernel,
+            window_strides=(1, stride, stride),
+            padding="SAME",
+            dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
+        )
+    raise ValueError(
+        f"a kernel is 'h w i o', 't i o' (stride 1) or 't h w i o'; got shape {kernel.shape} "
+        f"with stride {stride}"
+    )
+
+
+def pool2x2(x: Float[Array, "b t h w c"], how: str = "max") -> Float[Array, "b t hh ww c"]:
+    """Halves h and w by the 'max' or 'mean' of 2x2 cells; an odd last row or column is dropped.
+
+    Example:
+      >>> pool2x2(jnp.arange(9.0).reshape(1, 1, 3, 3, 1)).ravel().tolist()
+      [4.0]
+    """
+    return reduce(even_size(x), "b t (h h2) (w w2) c -> b t h w c", how, h2=2, w2=2)
+
+
+def even_size(x: Float[Array, "b t h w c"]) -> Float[Array, "b t hh ww c"]:
+    """Drops an odd last row and column, as pooling with floor does."""
+    return x[:, :, : x.shape[2] // 2 * 2, : x.shape[3] // 2 * 2]
+
+
+class Convolution(nn.Module):
+    """Convolution with bias, then optional group normalisation, then optional ReLU.
+
+    Attributes:
+      features: output channels.
+      kernel_size: (h, w), (t,) or (t, h, w).
+      norm_groups: most groups of the normalisation, which takes the largest divisor of `features`
+        up to it; 0 is no normalisation (the paper's). Statistics are those of one frame.
+      relu: whether to clip below zero.
+      stride: step in h and w.
+      kernel_init: how the kernel starts; biases start at zero.
+    """
+
+    features: int
+    kernel_size: tuple[int, ...]
+    norm_groups: int = 0
+    relu: bool = True
+    stride: int = 1
+    kernel_init: nn.initializers.Initializer = HE_NORMAL
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t h w i"]) -> Float[Array, "b t hh ww o"]:
+        """Maps a clip to a clip."""
+        shape = (*self.kernel_size, x.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        y = convolve(x, kernel, stride=self.stride) + bias.reshape(1, 1, 1, 1, -1)
+        if self.norm_groups:
+            groups = max(n for n in range(1, self.norm_groups + 1) if self.features % n == 0)
+            norm = nn.GroupNorm(num_groups=groups, epsilon=1e-5, name="norm")
+            frames = norm(rearrange(y, "b t h w c -> (b t) h w c"))
+            y = rearrange(frames, "(b t) h w c -> b t h w c", b=y.shape[0])
+        return nn.relu(y) if self.relu else y
+
+
+def vgg_blocks(
+    x: Float[Array, "b t h w i"],
+    *,
+    width: int,
+    last: str,
+    norm_groups: int,
+    first_init: nn.initializers.Initializer = HE_NORMAL,
+) -> dict[str, Float[Array, "b t _h _w _c"]]:
+    """The convolutions of VGG-16 from 'block1_conv1' to `last`, on each frame by itself.
+
+    Called inside a module's `nn.compact` method, which then owns the layers under Keras's names.
+    Blocks are 3x3 convolutions with ReLU; a 2x2 max-pool comes between blocks, none after the end.
+
+    Args:
+      x: float32 `b t h w i`.
+      width: channels of block 1; the blocks have `width` times 1, 2, 4, 8, 8.
+      last: name of the last convolution, such as 'block5_conv3'.
+      norm_groups: as in `Convolution`.
+      first_init: how the first kernel starts; the others are He-normal.
+
+    Returns:
+      The output of every block: 'block1' to the block of `last`.
+
+    Source: SPEC 3.4, 3.5. Differs: no.
+    """
+    outputs: dict[str, Array] = {}
+    for block, (multiple, count) in enumerate(_BLOCKS, start=1):
+        if block > 1:
+            x = pool2x2(x)
+        for conv in range(1, count + 1):
+            name = f"block{block}_conv{conv}"
+            init = first_init if name == "block1_conv1" else HE_NORMAL
+            x = Convolution(
+                width * multiple, (3, 3), norm_groups=norm_groups, kernel_init=init, name=name
+            )(x)
+            outputs[f"block{block}"] = x
+            if name == last:
+                return outputs
+    raise ValueError(f"VGG-16 has no convolution {last!r}: block1_conv1 to block5_conv3")
+
+
+def vgg16_shapes() -> dict[str, tuple[int, ...]]:
+    """The tensors of the published network without its dense layers, by name.
+
+    Example:
+      >>> shapes = vgg16_shapes()
+      >>> shapes["block1_conv1/kernel"], sum(int(np.prod(s)) for s in shapes.values())
+      ((3, 3, 3, 64), 14714688)
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    channels = 3
+    for block, (multiple, count) in enumerate(_BLOCKS, start=1):
+        for conv in range(1, count + 1):
+            features = _WIDTH * multiple
+            shapes[f"block{block}_conv{conv}/kernel"] = (3, 3, channels, features)
+            shapes[f"block{block}_conv{conv}/bias"] = (features,)
+            channels = features
+    return shapes
+
+
+def read_vgg16(path: Path | str) -> dict[str, np.ndarray]:
+    """Reads VGG-16's convolutions from a Keras .h5 file.
+
+    Args:
+      path: the `notop` weights that Keras distributes, or a whole VGG-16 that Keras saved as .h5.
+        The layer's name is looked for in the path of each data set and the rank tells kernel (4)
+        from bias (1), so the habits of Keras 1, 2 and 3 are all understood; `.weights.h5` files of
+        Keras 3 are not, because they hold no layer names.
+
+    Returns:
+      26 float32 arrays: 'block1_conv1/kernel' (h w i o), 'block1_conv1/bias' (o), ...
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: not HDF5, or a tensor is missing, doubled or of another shape (names them).
+
+    Source: SPEC 3.6.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file of VGG-16 weights")
+    try:
+        with h5py.File(path, "r") as file:
+            found = _conv_datasets(file)
+            faults = _tensor_faults(found)
+            if faults:
+                shown = "\n  ".join(faults[:10])
+                more = f"\n  and {len(faults) - 10} more" if len(faults) > 10 else ""
+                raise ValueError(
+                    f"{path} does not hold the 13 convolutions of VGG-16:\n  {shown}{more}\n"
+                    f"Expected is Keras's {KERAS_FILE}."
+                )
+            return {name: np.asarray(sets[0], np.float32) for name, sets in found.items()}
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as an HDF5 file: {error}") from error
+
+
+def _conv_datasets(file: h5py.File) -> dict[str, list[h5py.Dataset]]:
+    found: dict[str, list[h5py.Dataset]] = {name: [] for name in vgg16_shapes()}
+
+    def visit(name: str, item: object) -> None:
+        layer = re.search(r"(?:^|/)(block\d_conv\d)(?=/)", name)
+        if not isinstance(item, h5py.Dataset) or not layer or name.startswith("optimizer"):
+            return
+        kind = {4: "kernel", 1: "bias"}.get(item.ndim, f"rank {item.ndim}")
+        found.setdefault(f"{layer[1]}/{kind}", []).append(item)
+
+    file.visititems(visit)
+    return found
+
+
+def _tensor_faults(found: Mapping[str, list[h5py.Dataset]]) -> list[str]:
+    expected = vgg16_shapes()
+    faults = []
+    for name, sets in found.items():
+        if name not in expected:
+            faults.append(f"unexpected: {name}")
+        elif len(sets) != 1:
+            faults.append(f"{'doubled' if sets else 'missing'}: {name}")
+        elif sets[0].shape != expected[name]:
+            faults.append(f"{name} is {sets[0].shape}, expected {expected[name]}")
+    return faults
+
+
+def find_vgg16(setting: str, *, md5: str = KERAS_MD5) -> Path | None:
+    """Decides which file of ImageNet weights to use, and makes sure that it is the right one.
+
+    Args:
+      setting: 'none' (train from scratch), 'keras' (Keras's own cache, `~/.keras/models` or below
+        `$KERAS_HOME`, filled by a download of 56 MiB if need be), or the path of a file.
+      md5: digest that the file must have.
+
+    Returns:
+      The file, or None for 'none'.
+
+    Raises:
+      FileNotFoundError: no such file, or it cannot be downloaded (says which file to put where).
+      ValueError: the file has another digest (names both).
+
+    Source: SPEC 3.6.
+    """
+    if setting == "none":
+        return None
+    if setting != "keras":
+        return _checked(Path(setting).expanduser(), md5)
+    home = Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras").expanduser()
+    path = home / "models" / KERAS_FILE
+    if not path.exists():
+        _download(path, md5)
+    return _checked(path, md5)
+
+
+def _download(path: Path, md5: str) -> None:
+    # Keras brings TensorFlow with it, which nothing else here needs.
+    import keras
+
+    try:
+        keras.utils.get_file(KERAS_FILE, KERAS_URL, cache_subdir="models", file_hash=md5)
+    except Exception as error:  # Keras raises a bare Exception when it cannot download.
+        raise FileNotFoundError(
+            f"VGG-16's ImageNet weights are not at {path} and could not be downloaded ({error}). "
+            f"Fetch {KERAS_URL} on a machine with internet access and put it at {path} (md5 "
+            f"{md5}); or name another place with --config.pretrained=FILE; or train from scratch "
+            "with --config.pretrained=none."
+        ) from error
+
+
+def _checked(path: Path, md5: str) -> Path:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: there is no such file of VGG-16 weights. Expected is Keras's {KERAS_FILE} "
+            f"(md5 {md5}); 'keras' downloads it, 'none' trains from scratch."
+        )
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "md5").hexdigest()
+    if digest != md5:
+        raise ValueError(
+            f"{path} is not Keras's {KERAS_FILE}: its md5 is {digest}, expected {md5}. Delete it "
+            "and fetch it again, or name another file."
+        )
+    return path
+
+
+# The 3-D layers stand in the places of these convolutions (SPEC 4.1).
+_REPLACED = {
+    "mst1": "block4_conv3",
+    "conv3d1": "block5_conv1",
+    "mst2": "block5_conv2",
+    "conv3d2": "block5_conv3",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ported:
+    value: Tensor
+    fate: str
+
+
+def port_vgg16(
+    params: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    *,
+    temporal_init: str,
+    conv1_init: str,
+) -> tuple[Mapping[str, Any], dict[str, str]]:
+    """Puts VGG-16's weights into the places that have a counterpart.
+
+    All 13 convolutions go into `spatial`, block1_conv2 to block4_conv2 into `temporal`. On request
+    the 3-D layers and the first flow convolution start from VGG-16 too. Everything else stays.
+
+    Args:
+      params: the network's parameters, with or without each stream.
+      tensors: what `read_vgg16` returns.
+      temporal_init: `model.temporal.init`; 'inflate' fills the 3-D layers with the kernels of the
+        convolutions that they replace, acting on single frames at first.
+      conv1_init: `model.temporal.conv1_init`; 'rgb_mean' gives every flow channel the mean of the
+        three colour kernels.
+
+    Returns:
+      New parameters, and the fate of every leaf by its path, such as 'copied from
+      block3_conv2/kernel' or 'initialised at random'.
+
+    Raises:
+      ValueError: a tensor does not fit its place (names both).
+
+    Source: SPEC 3.6, 4.12.
+    """
+    leaves, tree = jax.tree_util.tree_flatten_with_path(params)
+    values, fates = [], {}
+    for path, leaf in leaves:
+        name = "/".join(key.key for key in path)
+        ported = _port_leaf(name, leaf, tensors, temporal_init, conv1_init)
+        if np.shape(ported.value) != np.shape(leaf):
+            raise ValueError(
+                f"VGG-16's ImageNet weights do not fit: {name} is {np.shape(leaf)}, "
+                f"but '{ported.fate}' gives {np.shape(ported.value)}. They need model.width=64 "
+                "(and widths of 512 for 'inflate'); --config.pretrained=none trains from scratch."
+            )
+        values.append(jnp.asarray(ported.value, leaf.dtype))
+        fates[name] = ported.fate
+    return jax.tree_util.tree_unflatten(tree, values), fates
+
+
+def _port_leaf(
+    name: str,
+    leaf: Tensor,
+    tensors: Mapping[str, np.ndarray],
+    temporal_init: str,
+    conv1_init: str,
+) -> _Ported:
+    group, layer, *rest = name.split("/")
+    tensor = f"{layer}/{rest[-1]}" if rest else ""
+    untouched = _Ported(leaf, "initialised at random")
+    if group not in ("spatial", "temporal") or "norm" in rest:
+        return untouched
+    if group == "spatial" or (tensor in tensors and layer != "block1_conv1"):
+        return _Ported(tensors[tensor], f"copied from {tensor}")
+    if layer == "block1_conv1" and conv1_init == "rgb_mean":
+        return _first_from_colour(leaf, tensor, tensors[tensor])
+    if layer in _REPLACED and temporal_init == "inflate":
+        if rest[-2] == "temporal":
+            return _Ported(leaf, "initialised as identity in time")
+        return _inflated(leaf, f"{_REPLACED[layer]}/{rest[-1]}", tensors)
+    return untouched
+
+
+def _first_from_colour(leaf: Tensor, name: str, source: np.ndarray) -> _Ported:
+    if source.ndim == 1:
+        return _Ported(source, f"copied from {name}")
+    mean = source.mean(axis=2, keepdims=True)
+    return _Ported(np.repeat(mean, leaf.shape[2], axis=2), f"averaged over colours from {name}")
+
+
+def _inflated(leaf: Tensor, name: str, tensors: Mapping[str, np.ndarray]) -> _Ported:
+    fate = f"inflated from {name}"
+    source = tensors[name]
+    if source.ndim == 1:
+        return _Ported(source, fate)
+    size, inputs = leaf.shape[-4], leaf.shape[-2]
+    kernel = _fit_space(source, size)
+    copies = max(1, inputs // kernel.shape[2])
+    kernel = np.tile(kernel, (1, 1, copies, 1)) / copies
+    if leaf.ndim == 5:
+        frames = np.zeros((leaf.shape[0], *kernel.shape), np.float32)
+        frames[len(frames) // 2] = kernel
+        return _Ported(frames, fate)
+    return _Ported(kernel, fate)
+
+
+def _fit_space(kernel: np.ndarray, size: int) -> np.ndarray:
+    """Pads with zeros, or sums to a single tap: a constant image gives what it gave before."""
+    if size == 1:
+        return kernel.sum(axis=(0, 1), keepdims=True)
+    margin = (size - kernel.shape[0]) // 2
+    return np.pad(kernel, ((margin, margin), (margin, margin), (0, 0), (0, 0)))

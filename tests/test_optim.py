@@ -1,0 +1,117 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from stf_jax.optim import (
+    OptimizerSettings,
+    StageSettings,
+    learning_rate_fn,
+    make_optimizer,
+    parameter_path,
+)
+
+STAGE = StageSettings(
+    learning_rate=0.1,
+    schedule="constant",
+    boundaries=(),
+    factors=(),
+    warmup_epochs=0.0,
+    max_epochs=10,
+    patience=5,
+    min_delta=0.001,
+)
+PARAMS = {
+    "spatial": {"conv": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}},
+    "head": {"kernel": jnp.full((3, 2), 2.0)},
+}
+
+
+def _rates(steps, **changes):
+    rate = learning_rate_fn(dataclasses.replace(STAGE, **changes), steps_per_epoch=10)
+    return [float(rate(step)) for step in steps]
+
+
+def test_constant():
+    assert _rates([0, 50, 99]) == pytest.approx([0.1] * 3)
+
+
+def test_piecewise_by_hand():
+    rates = _rates(
+        [0, 9, 10, 24, 25, 99], schedule="piecewise", boundaries=(1.0, 2.5), factors=(0.5, 0.1)
+    )
+    assert rates == pytest.approx([0.1, 0.1, 0.05, 0.05, 0.005, 0.005])
+
+
+def test_cosine_after_warm_up():
+    rates = _rates([0, 5, 10, 55, 100], schedule="cosine", warmup_epochs=1.0)
+    assert rates == pytest.approx([0.0, 0.05, 0.1, 0.05, 0.0], abs=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"schedule": "cosin"}, "cosin"),
+        ({"boundaries": (1.0,), "factors": ()}, "go together"),
+        ({"boundaries": (1.0,), "factors": (0.1,)}, "piecewise"),
+        ({"max_epochs": 0}, "max_epochs"),
+    ],
+)
+def test_impossible_stages_are_named(changes, said):
+    with pytest.raises(ValueError, match=said):
+        dataclasses.replace(STAGE, **changes)
+
+
+def _settings(**changes):
+    base = {"name": "adam", "weight_decay": 0.0, "clip": 0.0, "freeze": ()}
+    return OptimizerSettings(**{**base, **changes})
+
+
+def _updates(settings, gradients):
+    tx = make_optimizer(settings)
+    return tx.update(gradients, tx.init(PARAMS), PARAMS)[0]
+
+
+def test_first_adam_update_is_the_sign():
+    gradients = jax.tree.map(lambda p: jnp.full_like(p, -3.0), PARAMS)
+    for leaf in jax.tree.leaves(_updates(_settings(), gradients)):
+        np.testing.assert_allclose(leaf, 1.0, rtol=1e-5)
+
+
+def test_clipping_bounds_the_global_norm():
+    gradients = jax.tree.map(lambda p: jnp.full_like(p, 100.0), PARAMS)
+    updates = _updates(_settings(name="sgdm", clip=0.5), gradients)
+    assert float(optax.tree.norm(updates)) == pytest.approx(0.5, rel=1e-5)
+
+
+def test_decay_pulls_kernels_and_leaves_biases():
+    zeros = jax.tree.map(jnp.zeros_like, PARAMS)
+    updates = _updates(_settings(weight_decay=0.1), zeros)
+    np.testing.assert_allclose(updates["head"]["kernel"], -0.2, rtol=1e-6)
+    np.testing.assert_allclose(updates["spatial"]["conv"]["bias"], 0.0)
+
+
+def test_frozen_leaves_stay_to_the_bit():
+    gradients = jax.tree.map(jnp.ones_like, PARAMS)
+    updates = _updates(_settings(freeze=("spatial/.*",), weight_decay=0.1), gradients)
+    after = optax.apply_updates(PARAMS, updates)
+    assert (after["spatial"]["conv"]["kernel"] == PARAMS["spatial"]["conv"]["kernel"]).all()
+    assert (after["head"]["kernel"] != PARAMS["head"]["kernel"]).all()
+
+
+def test_an_expression_that_matches_nothing_is_an_error():
+    with pytest.raises(ValueError, match="spacial"):
+        make_optimizer(_settings(freeze=("spacial/.*",))).init(PARAMS)
+
+
+def test_unknown_optimizer_is_named():
+    with pytest.raises(ValueError, match="adamm"):
+        _settings(name="adamm")
+
+
+def test_parameter_paths_read_like_files():
+    path = jax.tree_util.tree_flatten_with_path(PARAMS)[0][-1][0]
+    assert parameter_path(path) == "spatial/conv/kernel"

@@ -1,0 +1,236 @@
+import dataclasses
+import hashlib
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import cv2
+import numpy as np
+import pytest
+
+from stf_jax import flow as optical_flow
+from stf_jax import prepare
+from stf_jax.prepare import (
+    RecordSettings,
+    describe,
+    encode_video,
+    locked,
+    read_manifest,
+    read_staged,
+    stage_videos,
+    staged_path,
+    write_manifest,
+)
+from stf_jax.video import read_video
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return RecordSettings(
+        root=str(tmp_path / "records"),
+        size=32,
+        flow_size=64,
+        flow_algorithm="dis",
+        flow_bound=8.0,
+        jpeg_quality=95,
+        min_truncated_frames=12,
+        max_pixels=10**6,
+        max_frames=1000,
+        max_seconds=60.0,
+        timeout=60.0,
+        workers=1,
+    )
+
+
+def _decode(data, flags):
+    return cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+
+
+def test_frames_are_the_videos_own(tmp_path, settings, make_video):
+    path = make_video(tmp_path / "v.avi", frames=10)
+    encoded = encode_video(path, settings)
+    video = read_video(path)
+    assert len(encoded.frames) == 10 and len(encoded.flow) == 9
+    for stored, frame in zip(encoded.frames, video.frames, strict=True):
+        expected = cv2.resize(frame, (32, 32), interpolation=cv2.INTER_AREA)
+        difference = np.abs(_decode(stored, cv2.IMREAD_COLOR)[..., ::-1].astype(int) - expected)
+        assert difference.mean() < 4  # JPEG's loss, no more; swapped colours would be far off
+
+
+def test_flow_is_computed_large_and_stored_small_with_its_values_scaled(
+    tmp_path, settings, make_video
+):
+    path = make_video(tmp_path / "v.avi", frames=6)
+    encoded = encode_video(path, settings)
+    frames = read_video(path).frames
+    greys = [
+        optical_flow.to_grey(cv2.resize(f, (64, 64), interpolation=cv2.INTER_AREA)) for f in frames
+    ]
+    compute = optical_flow.make_flow("dis")
+    for k, stored in enumerate(encoded.flow):
+        both = _decode(stored, cv2.IMREAD_GRAYSCALE)
+        field = optical_flow.dequantise(np.stack([both[:32], both[32:]], -1), 8.0)
+        full = compute(greys[k], greys[k + 1])
+        # Half the side, half the displacement.
+        assert np.median(np.abs(field.mean((0, 1)) - full.mean((0, 1)) / 2)) < 0.05
+
+
+def test_row_tells_the_truth_about_a_good_file(tmp_path, settings, make_video):
+    path = make_video(tmp_path / "v.avi", frames=10, size=(48, 64), fps=25)
+    row, encoded = describe("a/v.avi", path, settings)
+    assert encoded is not None and row.usable
+    assert (row.status, row.reason, row.num_frames) == ("ok", "", 10)
+    assert (row.width, row.height, row.fps) == (64, 48, 25.0)
+    assert row.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert row.bytes == path.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [(b"", "empty"), (b"<html><body>404</body></html>", "HTML")]
+)
+def test_unusable_files_say_why(tmp_path, settings, content, said):
+    path = tmp_path / "v.avi"
+    path.write_bytes(content)
+    row, encoded = describe("v.avi", path, settings)
+    assert encoded is None and row.status == "invalid" and said in row.reason
+    assert row.bytes == len(content)
+
+
+def test_a_missing_file_is_a_row_not_a_crash(tmp_path, settings):
+    row, _ = describe("v.avi", tmp_path / "gone.avi", settings)
+    assert row.status == "invalid" and "cannot be read" in row.reason
+
+
+def test_a_cut_video_is_used_only_with_enough_frames(tmp_path, settings, make_video):
+    whole = make_video(tmp_path / "whole.avi", frames=60).read_bytes()
+    cut = tmp_path / "cut.avi"
+    cut.write_bytes(whole[: len(whole) * 6 // 10])
+    row, encoded = describe("cut.avi", cut, settings)
+    assert row.status == "truncated" and encoded is not None
+    assert 12 <= row.num_frames < 60 and str(row.num_frames) in row.reason
+    strict = dataclasses.replace(settings, min_truncated_frames=50)
+    row, encoded = describe("cut.avi", cut, strict)
+    assert row.status == "invalid" and encoded is None and "before its time" in row.reason
+
+
+def test_staging_round_trip_is_exact(tmp_path, settings, make_video):
+    path = make_video(tmp_path / "v.avi", frames=5)
+    row, encoded = describe("v.avi", path, settings)
+    prepare.write_staged(tmp_path / "s.npz", row, encoded)
+    assert read_staged(tmp_path / "s.npz") == (row, encoded.frames, encoded.flow)
+
+
+def test_manifest_round_trip_with_hostile_names(tmp_path, settings):
+    rows = [
+        prepare.invalid_row('a, "b"\nnew line/ü.avi', "empty file"),
+        dataclasses.replace(prepare.invalid_row("-x", ""), status="ok", fps=29.97, record=3),
+    ]
+    write_manifest(tmp_path / "m.csv", rows)
+    assert read_manifest(tmp_path / "m.csv") == {row.video_id: row for row in rows}
+
+
+def _digests(folder):
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.glob("*.npz")}
+
+
+def test_finished_videos_are_not_done_twice(tmp_path, settings, make_video):
+    videos = {f"{i}.avi": make_video(tmp_path / f"{i}.avi", frames=4 + i) for i in range(3)}
+    folder = tmp_path / "staged"
+    rows = stage_videos(videos, folder, settings)
+    assert list(rows) == list(videos) and [r.num_frames for r in rows.values()] == [4, 5, 6]
+    before = {p: p.stat().st_mtime_ns for p in folder.glob("*.npz")}
+    staged_path(folder, "1.avi").unlink()
+    (folder / ".left.npz.1.part").write_bytes(b"half")
+    assert stage_videos(videos, folder, settings) == rows
+    after = {p: p.stat().st_mtime_ns for p in folder.glob("*.npz")}
+    changed = [p for p in after if after[p] != before[p]]
+    assert changed == [staged_path(folder, "1.avi")]
+    assert not list(folder.glob(".*.part"))
+
+
+_STAGE = """
+import pickle, sys
+from stf_jax.prepare import stage_videos
+from pathlib import Path
+if __name__ == "__main__":
+    videos, folder, settings = pickle.loads(bytes.fromhex(sys.argv[1]))
+    stage_videos(videos, folder, settings)
+"""
+
+
+def test_killed_at_any_moment_it_ends_the_same(tmp_path, settings, make_video):
+    import pickle
+
+    videos = {f"{i}.avi": make_video(tmp_path / f"{i}.avi", frames=30 + i) for i in range(12)}
+    stage_videos(videos, tmp_path / "quiet", settings)
+    script = tmp_path / "stage.py"
+    script.write_text(_STAGE)
+    argument = pickle.dumps((videos, tmp_path / "storm", settings)).hex()
+    for delay in (0.8, 1.1, 1.4):
+        process = subprocess.Popen(
+            [sys.executable, str(script), argument],
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        time.sleep(delay)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    stage_videos(videos, tmp_path / "storm", settings)
+    assert _digests(tmp_path / "storm") == _digests(tmp_path / "quiet")
+
+
+def _crash(*_):
+    os._exit(7)
+
+
+def _hang(*_):
+    time.sleep(60)
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"), [(_crash, "exit code 7"), (_hang, "did not end within 1 s")]
+)
+def test_a_worker_that_dies_or_hangs_marks_its_video(tmp_path, settings, monkeypatch, fault, said):
+    monkeypatch.setattr(prepare, "_stage_one", fault)
+    brief = dataclasses.replace(settings, timeout=1.0)
+    rows = stage_videos({"v.avi": tmp_path / "v.avi"}, tmp_path / "staged", brief)
+    assert rows["v.avi"].status == "invalid" and said in rows["v.avi"].reason
+
+
+def _hold(folder, ready, release):
+    with locked(folder):
+        ready.set()
+        release.wait(30)
+
+
+def test_the_second_writer_is_told_who_the_first_is(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    ready, release = context.Event(), context.Event()
+    holder = context.Process(target=_hold, args=(tmp_path, ready, release))
+    holder.start()
+    assert ready.wait(30)
+    with pytest.raises(RuntimeError, match=f"process {holder.pid}"), locked(tmp_path):
+        pass
+    holder.kill()  # its lock goes with it
+    holder.join()
+    with locked(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"size": 8}, {"flow_algorithm": "sift"}, {"jpeg_quality": 0}, {"flow_bound": 0.0}],
+)
+def test_impossible_settings_are_named(settings, wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong)).split("_")[-1]):
+        dataclasses.replace(settings, **wrong)
+
+
+def test_only_what_changes_the_bytes_is_in_the_stamp(settings):
+    same = dataclasses.replace(settings, root="elsewhere", workers=7, timeout=9.0)
+    assert same.stamp() == settings.stamp()
+    for change in ({"size": 40}, {"flow_bound": 4.0}, {"flow_algorithm": "farneback"}):
+        assert dataclasses.replace(settings, **change).stamp() != settings.stamp()
