@@ -13,8 +13,9 @@ import orbax.checkpoint as ocp
 from stf_jax.optim import parameter_path
 from stf_jax.vgg import find_vgg16, port_vgg16, read_vgg16
 
-# Orbax reports every internal timing on the root logger.
-logging.getLogger("absl").setLevel(logging.WARNING)
+# Orbax reports every internal timing, and JAX every kind of device that is not there.
+for _chatty in ("absl", "jax"):
+    logging.getLogger(_chatty).setLevel(logging.WARNING)
 
 Params = Mapping[str, Any]
 
@@ -32,6 +33,10 @@ class Checkpoints:
         self._folder = folder
         self._manager = ocp.CheckpointManager(
             folder.absolute(),
+            item_handlers={
+                "tree": ocp.StandardCheckpointHandler(),
+                "record": ocp.JsonCheckpointHandler(),
+            },
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
                 create=True,
@@ -77,10 +82,8 @@ class Checkpoints:
             raise FileNotFoundError(
                 f"{self._folder} holds no checkpoint. Train first, or name the right --workdir."
             )
-        # Some orbax item must be named before its metadata can be read by a fresh manager.
-        with ocp.StandardCheckpointer() as reader:
-            stored = reader.metadata(self._folder.absolute() / str(step) / "tree")
-        _check_same_leaves(stored.item_metadata, like, self._folder / str(step))
+        stored = self._manager.item_metadata(step)["tree"]
+        _check_same_leaves(stored, like, self._folder / str(step))
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
@@ -88,7 +91,8 @@ class Checkpoints:
                 record=ocp.args.JsonRestore(),
             ),
         )
-        return step, restored["tree"], restored["record"]
+        # Where arrays lie decides which compiled program fits them: always on the first device.
+        return step, jax.device_put(restored["tree"], jax.devices()[0]), restored["record"]
 
     def close(self) -> None:
         """Ends the manager's threads."""
@@ -142,11 +146,12 @@ def starting_params(
     Raises:
       ValueError: the hand-off's tensors are not those of this network (lists them).
     """
-    params = initialise()
     if previous is not None:
         name, source = previous
-        _check_same_leaves(source, params, Path(f"the hand-off from stage '{name}'"))
-        return source, {path: f"copied from stage '{name}'" for path in _shapes(params)}
+        expected = jax.eval_shape(initialise)
+        _check_same_leaves(source, expected, Path(f"the hand-off from stage '{name}'"))
+        return source, {path: f"copied from stage '{name}'" for path in _shapes(source)}
+    params = initialise()
     weights = find_vgg16(vgg)
     if weights is None:
         return params, {path: "initialised at random" for path in _shapes(params)}

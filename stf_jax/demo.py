@@ -147,9 +147,9 @@ def _motion(class_name: str, num_frames: int, chance: np.random.Generator) -> Pa
         period = chance.uniform(28, 40)
         return lambda t: (x0 + 0 * t, y0 + 4 * np.sin(2 * np.pi * t / period + phase))
     if class_name.startswith("glides_"):
-        speed = chance.uniform(1.1, 1.7) * (1 if class_name.endswith("right") else -1)
-        start, width = chance.uniform(0, SIDE), SIDE + 40
-        return lambda t: ((start + speed * t) % width - 20, y0 + 2 * np.sin(t / 6 + phase))
+        speed = chance.uniform(1.6, 2.2) * (1 if class_name.endswith("right") else -1)
+        start, width = chance.uniform(0, SIDE), SIDE + 24
+        return lambda t: ((start + speed * t) % width - 12, y0 + 2 * np.sin(t / 6 + phase))
     if class_name.startswith("circles_"):
         period = chance.uniform(19, 24) if class_name.endswith("fast") else chance.uniform(56, 70)
         turn, radius = chance.choice((-1, 1)), chance.uniform(18, 22)
@@ -231,10 +231,10 @@ def _render(clip: DemoClip, landscape: _Landscape, seed: int) -> Iterator[np.nda
     label = CLASS_NAMES.index(clip.class_name)
     chance = np.random.default_rng((seed, 1, label, clip.group, clip.number))
     num_frames = int(chance.integers(52, 73))
-    size = chance.uniform(12, 15)
+    size = chance.uniform(14, 17)
     t = np.arange(num_frames, dtype=np.float64)
     x, y = _motion(clip.class_name, num_frames, chance)(t)
-    drift, phase = chance.uniform(1, 4, 2), chance.uniform(0, 6, 2)
+    drift, phase = chance.uniform(0.5, 2, 2), chance.uniform(0, 6, 2)
     for frame in range(num_frames):
         # The camera drifts a little, as if held by hand: still backgrounds would be too easy.
         shift = _MARGIN + drift * np.sin(frame / 12 + phase)
@@ -272,7 +272,8 @@ def _draw_actor(
 def _encode(path: Path, frames: Iterator[np.ndarray]) -> None:
     """Encodes frames as H.264 (.mp4) or MPEG-4 part 2 (.avi); one thread, so bytes repeat."""
     codec, options = {
-        ".mp4": ("libx264", {"crf": "18", "preset": "veryfast"}),
+        # Without look-ahead: with it, x264 does not repeat its bytes even on one thread.
+        ".mp4": ("libx264", {"crf": "18", "preset": "veryfast", "tune": "zerolatency"}),
         ".avi": ("mpeg4", {"qmin": "3", "qmax": "3"}),
     }[path.suffix]
     with av.open(str(path), "w") as container:

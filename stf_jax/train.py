@@ -58,7 +58,12 @@ class TrainState:
 def initial_state(params: Params, optimizer: OptimizerSettings) -> TrainState:
     """The state before the first step of a stage."""
     opt_state = make_optimizer(optimizer).init(params)
-    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, Sums.zero())
+    return _placed(TrainState(jnp.zeros((), jnp.int32), params, opt_state, Sums.zero()))
+
+
+def _placed(tree: Any) -> Any:
+    """On the first device for good, as restored states are: one compiled step fits all of them."""
+    return jax.device_put(tree, jax.devices()[0])
 
 
 @functools.partial(
@@ -338,7 +343,7 @@ class _Loop:
             rows.append(self._row("validation", memory, step, means, figures.num_videos))
         else:
             memory.best_epoch = memory.epoch
-        state = state.replace(sums=Sums.zero())
+        state = state.replace(sums=_placed(Sums.zero()))
         if improved:
             self._best.save(step, state.params, {"epoch": memory.epoch})
         self._tick(memory)

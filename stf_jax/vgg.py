@@ -126,7 +126,8 @@ class Convolution(nn.Module):
       features: output channels.
       kernel_size: (h, w), (t,) or (t, h, w).
       norm_groups: most groups of the normalisation, which takes the largest divisor of `features`
-        up to it; 0 is no normalisation (the paper's). Statistics are those of one frame.
+        up to it; 0 is no normalisation (the paper's). Statistics are those of the whole clip: those
+        of one frame would take away how its motion compares with that of other frames.
       relu: whether to clip below zero.
       stride: step in h and w.
       kernel_init: how the kernel starts; biases start at zero.
@@ -148,9 +149,7 @@ class Convolution(nn.Module):
         y = convolve(x, kernel, stride=self.stride) + bias.reshape(1, 1, 1, 1, -1)
         if self.norm_groups:
             groups = max(n for n in range(1, self.norm_groups + 1) if self.features % n == 0)
-            norm = nn.GroupNorm(num_groups=groups, epsilon=1e-5, name="norm")
-            frames = norm(rearrange(y, "b t h w c -> (b t) h w c"))
-            y = rearrange(frames, "(b t) h w c -> b t h w c", b=y.shape[0])
+            y = nn.GroupNorm(num_groups=groups, epsilon=1e-5, name="norm")(y)
         return nn.relu(y) if self.relu else y
 
 

@@ -15,6 +15,7 @@ from stf_jax.streams import Conv3DSettings, MSTSettings, SpatialStream, Temporal
 from stf_jax.streams import TemporalStream as Temporal
 
 CONV3D = Conv3DSettings(True, "spatial_first", True, "out", 32)
+KEY = jax.random.key(1, impl="rbg")  # the default generator takes three times as long to compile
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +178,7 @@ def temporal_stream(spatial=(1, 3, 5), conv3d=CONV3D, init="he", norm_groups=0):
 def test_fates_name_every_leaf_and_random_layers_stay(tiny_model_config):
     network = build_model({**tiny_model_config, "norm": "group"}, 3)
     zeros = jnp.zeros((1, 8, 32, 32, 3)), jnp.zeros((1, 8, 32, 32, 2))
-    params = jax.jit(lambda key: network.init(key, *zeros, train=False))(jax.random.key(0))
+    params = jax.jit(lambda key: network.init(key, *zeros, train=False))(KEY)
     params = params["params"]
     tensors = small_tensors()
     ported, fates = vgg.port_vgg16(params, tensors, temporal_init="he", conv1_init="random")
@@ -216,8 +217,8 @@ def test_an_inflated_stream_is_vgg_on_grey_frames(conv3d):
     grey = jax.random.normal(jax.random.key(1), (1, 3, 32, 32, 1)).repeat(3, axis=-1)
     spatial, temporal = SpatialStream(4, 0), temporal_stream((3, 3, 5), conv3d, "inflate")
     params = {
-        "spatial": jax.jit(spatial.init)(jax.random.key(2), grey)["params"],
-        "temporal": jax.jit(temporal.init)(jax.random.key(3), grey)["params"],
+        "spatial": jax.jit(spatial.init)(KEY, grey)["params"],
+        "temporal": jax.jit(temporal.init)(KEY, grey)["params"],
     }
     ported, fates = vgg.port_vgg16(params, tensors, temporal_init="inflate", conv1_init="rgb_mean")
     assert fates["temporal/block1_conv1/kernel"] == "averaged over colours from block1_conv1/kernel"
@@ -242,7 +243,8 @@ def test_a_single_tap_answers_a_constant_image_as_the_whole_kernel_does():
 def test_weights_of_another_width_are_refused():
     stream = SpatialStream(8, 0)
     clip = jnp.zeros((1, 1, 32, 32, 3))
-    params = {"spatial": jax.eval_shape(stream.init, jax.random.key(0), clip)["params"]}
+    shapes = jax.eval_shape(stream.init, jax.random.key(0), clip)["params"]
+    params = {"spatial": jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)}
     with pytest.raises(ValueError, match=r"spatial/block1_conv1/bias is \(8,\).*gives \(4,\)"):
         vgg.port_vgg16(params, small_tensors(), temporal_init="he", conv1_init="random")
 
@@ -274,19 +276,19 @@ def test_pooling_drops_an_odd_last_row_and_column():
     assert vgg.pool2x2(x, "mean").ravel().tolist() == [3.0, 5.0]
 
 
-def test_group_normalisation_takes_the_statistics_of_one_frame_and_group():
+def test_group_normalisation_takes_the_statistics_of_one_clip_and_group():
     conv = vgg.Convolution(12, (3, 3), norm_groups=8, relu=False)
     x = jax.random.normal(jax.random.key(0), (2, 3, 6, 6, 5)) * 4 + 1
-    params = conv.init(jax.random.key(1), x)
+    params = jax.jit(conv.init)(KEY, x)
     apply = jax.jit(conv.apply)
     y = np.asarray(apply(params, x))
     groups = y.reshape(2, 3, 36, 6, 2)  # 6 is the largest divisor of 12 up to 8
-    np.testing.assert_allclose(groups.mean(axis=(2, 4)), 0, atol=1e-5)
-    np.testing.assert_allclose(groups.var(axis=(2, 4)), 1, atol=1e-3)
+    np.testing.assert_allclose(groups.mean(axis=(1, 2, 4)), 0, atol=1e-5)
+    np.testing.assert_allclose(groups.var(axis=(1, 2, 4)), 1, atol=1e-3)
+    assert np.abs(groups.mean(axis=(2, 4))).max() > 0.01  # frames may differ in their means
     changed = apply(params, x.at[1, 2].add(3.0 * x[1, 1]))
     np.testing.assert_array_equal(changed[0], y[0])
-    np.testing.assert_array_equal(changed[1, :2], y[1, :2])
-    assert np.abs(changed[1, 2] - y[1, 2]).max() > 0.1
+    assert (np.abs(changed[1] - y[1]).max(axis=(1, 2, 3)) > 0.1).all()
 
 
 def test_a_kernel_of_another_rank_is_refused():

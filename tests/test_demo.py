@@ -1,0 +1,144 @@
+import hashlib
+import json
+from collections import Counter, defaultdict
+
+import numpy as np
+import pytest
+
+from stf_jax import demo
+from stf_jax.flow import make_flow, to_grey
+from stf_jax.video import read_video
+
+
+@pytest.fixture(scope="module")
+def small():
+    """Two groups instead of twenty: the rest is drawn by the same code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "GROUPS", 2)
+        yield demo.clips()
+
+
+@pytest.fixture(scope="module")
+def root(small, tmp_path_factory):
+    root = tmp_path_factory.mktemp("demo") / "videos"
+    demo.generate(root, seed=3)
+    return root
+
+
+def _digests(root):
+    return {
+        path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in root.rglob("*.*")
+    }
+
+
+def test_every_video_is_a_real_encoded_file(small, root):
+    formats = Counter()
+    for clip in small:
+        video = read_video(root / clip.video_id)
+        assert video.frames.shape[1:] == (demo.SIDE, demo.SIDE, 3) and video.info.fps == 25
+        assert 52 <= len(video.frames) <= 72 and not video.info.truncated
+        formats[video.info.codec, video.info.container.split(",")[0]] += 1
+    assert formats == {("h264", "mov"): len(small) // 2, ("mpeg4", "avi"): len(small) // 2}
+
+
+def test_neither_format_nor_actor_tells_the_class():
+    by_format, by_actor = defaultdict(Counter), defaultdict(Counter)
+    for clip in demo.clips():
+        by_format[clip.class_name][clip.suffix] += 1
+        by_actor[clip.class_name][clip.actor] += 1
+    half = demo.GROUPS * demo.CLIPS_PER_GROUP // 2
+    for name in demo.CLASS_NAMES:
+        assert by_format[name] == {".mp4": half, ".avi": half}
+        if not name.endswith("bobs"):
+            assert by_actor[name] == {"ball": half, "star": half}
+    assert by_actor["star_bobs"] == {"star": 2 * half}
+
+
+def test_same_seed_same_bytes_another_seed_not(root, tmp_path, small):
+    demo.generate(tmp_path / "again", seed=3)
+    demo.generate(tmp_path / "other", seed=4)
+    first, again, other = (_digests(p) for p in (root, tmp_path / "again", tmp_path / "other"))
+    assert first == again
+    assert len(set(first.values()) & set(other.values())) == 0
+
+
+def test_it_is_made_once_and_again_if_a_video_is_lost(tmp_path, small):
+    root = tmp_path / "videos"
+    demo.generate(root, seed=3)
+    before = _digests(root)
+    lost = root / small[3].video_id
+    kept = root / small[4].video_id
+    stamp = kept.stat().st_mtime_ns
+    demo.generate(root, seed=3)
+    assert kept.stat().st_mtime_ns == stamp
+    lost.unlink()
+    demo.generate(root, seed=3)
+    assert _digests(root) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["videos"]
+
+
+def test_somebody_elses_folder_is_left_alone(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "film.mp4").write_bytes(b"film")
+    with pytest.raises(ValueError, match="is no demo set"):
+        demo.generate(tmp_path / "mine", seed=0)
+    (tmp_path / "mine" / "demo.json").write_text(json.dumps({"format": 1, "seed": 7}))
+    with pytest.raises(ValueError, match="'seed': 7.*expected.*'seed': 0"):
+        demo.generate(tmp_path / "mine", seed=0)
+    assert (tmp_path / "mine" / "film.mp4").read_bytes() == b"film"
+
+
+def _actor_motion(path):
+    """Mean flow where anything moves faster than the camera, px per frame, over the video."""
+    compute = make_flow("dis")
+    greys = [to_grey(frame) for frame in read_video(path).frames]
+    means = []
+    for before, after in zip(greys[:-1], greys[1:], strict=True):
+        flow = compute(before, after)
+        fast = np.hypot(flow[..., 0], flow[..., 1]) > 0.8
+        means.append(flow[fast].mean(axis=0) if fast.sum() > 20 else np.zeros(2))
+    return np.array(means)
+
+
+def _speed(path):
+    return np.median(np.linalg.norm(_actor_motion(path), axis=1))
+
+
+def _of(small, name):
+    return [clip for clip in small if clip.class_name == name]
+
+
+def test_direction_and_speed_are_in_the_flow(small, root):
+    for clip in _of(small, "glides_left"):
+        assert np.median(_actor_motion(root / clip.video_id)[:, 0]) < -0.4
+    for clip in _of(small, "glides_right"):
+        assert np.median(_actor_motion(root / clip.video_id)[:, 0]) > 0.4
+    speeds = {
+        name: [_speed(root / clip.video_id) for clip in _of(small, name)]
+        for name in ("circles_slowly", "circles_fast")
+    }
+    assert max(speeds["circles_slowly"]) * 1.3 < min(speeds["circles_fast"])
+
+
+def test_order_is_only_in_the_whole(small, root):
+    for name, hops_first in (("hops_then_sways", True), ("sways_then_hops", False)):
+        for clip in _of(small, name):
+            motion = np.abs(_actor_motion(root / clip.video_id))
+            third = len(motion) // 3
+            halves = motion[:third].mean(axis=0), motion[-third:].mean(axis=0)
+            first, last = (up > across for across, up in halves)
+            assert (first, last) == (hops_first, not hops_first)
+
+
+def test_pairs_differ_only_in_what_they_say():
+    """With the same random draws the two classes of a pair are mirror images of each other."""
+    t = np.arange(60.0)
+    draws = lambda: np.random.default_rng(1)  # noqa: E731
+    left, right = (demo._motion(n, 60, draws())(t) for n in ("glides_left", "glides_right"))
+    np.testing.assert_allclose(left[1], right[1])
+    np.testing.assert_allclose(np.diff(left[0])[:5], -np.diff(right[0])[:5])
+    ball, star = (demo._motion(n, 60, draws())(t) for n in ("ball_bobs", "star_bobs"))
+    np.testing.assert_array_equal(ball, star)
+    a, b = (demo._motion(n, 60, draws()) for n in ("hops_then_sways", "sways_then_hops"))
+    np.testing.assert_allclose(np.sort(a(t)[0])[[0, -1]], np.sort(b(t)[0])[[0, -1]], atol=1)
