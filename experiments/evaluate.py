@@ -23,7 +23,6 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}")
     from stf_jax.datasets import load_index
-
     from stf_jax.evaluate import score_run, write_scores
     from stf_jax.records import prepare_records
     from stf_jax.run import Run

@@ -19,9 +19,8 @@ def main(argv: Sequence[str]) -> None:
     """Prints the classes of each file, most probable first."""
     if len(argv) < 2:
         raise app.UsageError("name at least one video file")
-    from stf_jax.video import VideoFault
-
     from stf_jax.predict import Predictor
+    from stf_jax.video import VideoFault
 
     try:
         predictor = Predictor.load(Path(_WORKDIR.value))

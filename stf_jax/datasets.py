@@ -11,6 +11,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from stf_jax import demo
 
@@ -136,14 +137,14 @@ class VideoIndex:
         return "\n".join(lines)
 
 
-def load_index(settings: Mapping[str, object]) -> VideoIndex:
+def load_index(settings: Any) -> VideoIndex:
     """Indexes the data set that the `data` part of a configuration names.
 
     Raises:
       ValueError, TypeError: an impossible or unknown setting, or files that contradict each other.
       FileNotFoundError: the folder or its lists are not there (says what was expected).
     """
-    data = DataSettings(**settings)  # type: ignore[arg-type]
+    data = DataSettings(**settings)
     root = Path(data.root)
     if data.name == "ucf101":
         index = ucf101(root, split=data.split)

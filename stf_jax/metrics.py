@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import flax.struct
 import jax
@@ -48,9 +49,10 @@ class Sums:
       count: clips.
     """
 
-    loss: Array
-    top1: Array
-    count: Array
+    # Not annotated as arrays: libraries map such trees to trees of shapes, names or nothing.
+    loss: Any
+    top1: Any
+    count: Any
 
     @classmethod
     def zero(cls) -> "Sums":

@@ -222,25 +222,23 @@ def batches(
     positions = [records.rows[entry.video_id].record for entry in entries]
     labels = np.array([entry.label for entry in entries], np.int32)
 
-    def plan(slot: int) -> tuple[bytes, int, np.ndarray]:
+    def plan(slot: np.int64) -> tuple[bytes, np.int32, np.ndarray]:
         step, row = divmod(int(slot), batch_size)
         epoch, step = divmod(step, per_epoch)
         rank = step * batch_size + row
         if rank >= len(entries):  # a masked row: any video will do
-            return records.read(positions[0]), -1, np.zeros(2, np.uint32)
+            return records.read(positions[0]), np.int32(-1), np.zeros(2, np.uint32)
         entry = int(epoch_order(len(entries), seed, epoch)[rank]) if train else rank
         return (
             records.read(positions[entry]),
-            entry,
+            np.int32(entry),
             sample_seed(seed, epoch, entries[entry].video_id),
         )
 
+    @tf.autograph.experimental.do_not_convert  # nothing in it needs converting
     def load(slot: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        serialised, entry, random = tf.numpy_function(
-            lambda s: (lambda data, e, r: (data, np.int32(e), r))(*plan(s)),
-            [slot],
-            (tf.string, tf.int32, tf.uint32),
-        )
+        kinds = (tf.string, tf.int32, tf.uint32)
+        serialised, entry, random = tf.numpy_function(plan, [slot], kinds)
         example = records.parse(tf.ensure_shape(serialised, []))
         entry, random = tf.ensure_shape(entry, []), tf.ensure_shape(random, [2])
         total = tf.size(example["frames"])

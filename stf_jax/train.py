@@ -4,10 +4,12 @@ import dataclasses
 import functools
 import itertools
 import json
+import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import flax.struct
@@ -49,10 +51,11 @@ class TrainState:
       sums: loss and hits of the epoch so far, so that even an epoch's figures survive a kill.
     """
 
-    step: Array
-    params: Params
+    # As in `Sums`, leaves may stand for arrays.
+    step: Any
+    params: Any
     opt_state: Any
-    sums: Sums
+    sums: Any
 
 
 def initial_state(params: Params, optimizer: OptimizerSettings) -> TrainState:
@@ -347,10 +350,8 @@ class _Loop:
         if improved:
             self._best.save(step, state.params, {"epoch": memory.epoch})
         self._tick(memory)
-        with open(self._run.workdir / "metrics.jsonl", "a", encoding="utf-8") as log:
-            log.writelines(
-                json.dumps({**row, "seconds": round(memory.seconds, 1)}) + "\n" for row in rows
-            )
+        seconds = {"seconds": round(memory.seconds, 1)}
+        _append_lines(self._run.workdir / "metrics.jsonl", [json.dumps(r | seconds) for r in rows])
         progress.say(
             f"{self._name} epoch {memory.epoch}: "
             + ", ".join(f"{r['kind']} loss {r['loss']:.3f} top-1 {r['top1']:.1%}" for r in rows)
@@ -382,6 +383,16 @@ class _Loop:
         now = time.monotonic()
         memory.seconds += now - self._clock
         self._clock = now
+
+
+def _append_lines(path: Path, lines: Sequence[str]) -> None:
+    """Appends whole lines, also after one that a kill has torn."""
+    with open(path, "ab+") as log:
+        if log.tell():
+            log.seek(-1, os.SEEK_END)
+            torn = log.read(1) != b"\n"
+            log.write(b"\n" * torn)
+        log.write("".join(f"{line}\n" for line in lines).encode())
 
 
 @contextmanager

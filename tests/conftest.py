@@ -4,9 +4,14 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+from pathlib import Path
+
+import av
 import jax
 import jaxtyping
+import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 # Checks every annotated shape and type of the package while tests run; must precede its import.
 jaxtyping.install_import_hook("stf_jax", "beartype.beartype")
@@ -61,3 +66,100 @@ def tiny_model_config() -> dict:
         "head": {"combine": "project", "pool": "mean_logits"},
         "drop": {"input": 0.5, "output": 0.25, "semantics": "drop"},
     }
+
+
+_CODECS = {".avi": "mpeg4", ".mp4": "libx264", ".mkv": "libx264", ".mpg": "mpeg1video"}
+
+
+@pytest.fixture(scope="session")
+def make_video():
+    """Writes a real encoded video: a textured square on a textured ground, moving sideways."""
+
+    def make(path, *, frames=30, size=(48, 64), fps=25, codec=None, speed=1.0, seed=0) -> Path:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        codec = codec or _CODECS[path.suffix]
+        chance = np.random.default_rng(seed)
+        height, width = size
+        ground = _texture(chance, height, width, 40, 160)
+        side = max(2, min(height, width) // 3)
+        square = _texture(chance, side, side, 120, 255)
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream(codec, rate=fps)
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            stream.codec_context.thread_count = 1
+            stream.codec_context.gop_size = 12  # bytes spread evenly, for files that are cut
+            for number in range(frames):
+                picture = ground.copy()
+                left = round(width / 3 + speed * number) % max(1, width - side)
+                top = height // 3
+                picture[top : top + side, left : left + side] = square
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            container.mux(stream.encode(None))
+        return path
+
+    return make
+
+
+def _texture(chance, height, width, low, high):
+    # Grey cells under one tint: chroma is stored at half size, so coloured noise would not survive.
+    cells = chance.uniform(low, high, (-(-height // 4), -(-width // 4), 1))
+    cells = (cells * chance.uniform(0.6, 1.0, 3)).astype(np.uint8)
+    return np.ascontiguousarray(cells.repeat(4, 0).repeat(4, 1)[:height, :width])
+
+
+@pytest.fixture(scope="session")
+def tiny_videos(make_video, tmp_path_factory):
+    """A folder of real videos: two classes that differ in direction, four groups, two formats."""
+    root = tmp_path_factory.mktemp("tiny") / "videos"
+    for name, speed in (("left", -1.5), ("right", 1.5)):
+        for group in range(4):
+            for clip, suffix in enumerate((".mp4", ".avi")):
+                make_video(
+                    root / name / f"{name}_g{group}_c{clip}{suffix}",
+                    frames=12 + 3 * group + clip,
+                    speed=speed,
+                    seed=group,
+                )
+    return root
+
+
+@pytest.fixture
+def tiny_config(tiny_videos, tiny_model_config) -> ConfigDict:
+    """A whole configuration, small enough to be run through in seconds."""
+    from configs import folder
+
+    config = folder.get_config()
+    config.seed, config.batch_size, config.checkpoint_every_steps = 0, 4, 1
+    config.allow_cpu, config.pretrained = True, "none"
+    config.data.update(root=str(tiny_videos), group_regex=r"_(g\d)_", validation_fraction=0.3)
+    config.records.update(
+        root=str(tiny_videos.parent / "records"), size=36, flow_size=48, flow_algorithm="dis",
+        flow_bound=4.0, min_truncated_frames=8, timeout=60.0, workers=2,
+    )  # fmt: skip
+    config.sampling.update(num_frames=8, frame_stride=(1, 3))
+    config.inputs.update(
+        crop_size=32, rgb_preprocess="minus1_1", flow_scale=1 / 32, random_crop=True, flip=False
+    )
+    with config.unlocked():
+        config.model = ConfigDict(tiny_model_config)
+    config.model.norm = "group"
+    config.stages.first.update(learning_rate=1e-3, max_epochs=2)
+    config.stages.second.update(learning_rate=1e-4, max_epochs=1)
+    return config
+
+
+@pytest.fixture(scope="session")
+def tiny_records(tiny_videos):
+    """The index and the prepared records of `tiny_videos`."""
+    from stf_jax.datasets import folder, hold_out_validation
+    from stf_jax.prepare import RecordSettings
+    from stf_jax.records import prepare_records
+
+    index = folder(tiny_videos, group_regex=r"_(g\d)_", test_fraction=0.25, seed=0)
+    settings = RecordSettings(
+        root=str(tiny_videos.parent / "records"), size=36, flow_size=48, flow_algorithm="dis",
+        flow_bound=4.0, jpeg_quality=95, min_truncated_frames=8, max_pixels=10**7,
+        max_frames=10_000, max_seconds=600.0, timeout=60.0, workers=2,
+    )  # fmt: skip
+    return hold_out_validation(index, fraction=0.3, seed=0), prepare_records(index, settings)

@@ -112,7 +112,7 @@ def test_what_is_not_there_is_named(ucf, tmp_path):
 
 def test_official_lists_share_no_group():
     if "STF_DATA" not in os.environ:
-        pytest.skip("STF_DATA does not name the folder of real clips")
+        pytest.skip(reason="STF_DATA does not name the folder of real clips")
     root = Path(os.environ["STF_DATA"], "ucf101_8")
     counts = []
     for split in (1, 2, 3):

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from stf_jax.flow import quantise
 
+from stf_jax.flow import quantise
 from stf_jax.inputs import Batch, InputSettings, flow_to_pixels, mirror_flow, network_input
 
 SETTINGS = InputSettings(

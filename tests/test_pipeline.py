@@ -3,9 +3,9 @@ from collections import Counter
 import numpy as np
 import pytest
 import tensorflow as tf
-from stf_jax.datasets import ClipEntry, VideoIndex
 
 from stf_jax import prepare
+from stf_jax.datasets import ClipEntry, VideoIndex
 from stf_jax.pipeline import (
     SamplingSettings,
     batches,
@@ -18,7 +18,7 @@ from stf_jax.pipeline import (
 )
 
 PAPER = SamplingSettings(num_frames=24, frame_stride=(2, 10), flow_frames=4)
-_train = tf.function(training_indices, reduce_retracing=True)
+_train = tf.function(training_indices, reduce_retracing=True, autograph=False)
 
 
 def _draws(video_frames, count, settings=PAPER):

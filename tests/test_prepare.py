@@ -105,9 +105,9 @@ def test_a_missing_file_is_a_row_not_a_crash(tmp_path, settings):
 
 
 def test_a_cut_video_is_used_only_with_enough_frames(tmp_path, settings, make_video):
-    whole = make_video(tmp_path / "whole.avi", frames=60).read_bytes()
+    whole = make_video(tmp_path / "whole.avi", frames=60, size=(96, 128)).read_bytes()
     cut = tmp_path / "cut.avi"
-    cut.write_bytes(whole[: len(whole) * 6 // 10])
+    cut.write_bytes(whole[: len(whole) * 9 // 10])
     row, encoded = describe("cut.avi", cut, settings)
     assert row.status == "truncated" and encoded is not None
     assert 12 <= row.num_frames < 60 and str(row.num_frames) in row.reason

@@ -1,0 +1,237 @@
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from stf_jax import train
+from stf_jax.datasets import load_index
+from stf_jax.inputs import Batch
+from stf_jax.pipeline import batches
+from stf_jax.records import prepare_records
+from stf_jax.run import Run, Settings, usable_entries
+from stf_jax.train import Interrupted, StageProgress, initial_state, train_stage, train_step
+
+
+@pytest.fixture
+def parts(tiny_config, tmp_path):
+    """A run, its settings, index and records."""
+    settings = Settings.of(tiny_config)
+    index = load_index(settings.config.data)
+    records = prepare_records(index, settings.records)
+    return Run(tmp_path / "run"), settings, index, records
+
+
+def _batch(parts) -> Batch:
+    _, settings, index, records = parts
+    entries = usable_entries(index, records, "train")
+    return next(batches(records, entries, settings.sampling, batch_size=4, train=True, stop_step=1))
+
+
+def _step(settings, state, batch, rate=1e-3):
+    return train_step(
+        state,
+        batch,
+        jax.random.key(1),
+        np.float32(rate),
+        model=settings.model(2),
+        inputs=settings.inputs,
+        optimizer=settings.optimizer,
+    )
+
+
+def _state(settings):
+    return initial_state(settings.initial_params(settings.model(2)), settings.optimizer)
+
+
+def _host(tree):
+    return jax.tree.map(np.array, tree)
+
+
+def _equal(a, b):
+    return jax.tree.all(jax.tree.map(np.array_equal, _host(a), _host(b)))
+
+
+def test_every_parameter_moves_the_loss_falls_and_one_program_does_it(parts):
+    settings = parts[1]
+    batch, state = _batch(parts), _state(settings)
+    before = _host(state.params)
+    programs = train_step._cache_size()
+    losses = []
+    for _ in range(12):
+        state, loss = _step(settings, state, batch, rate=3e-3)
+        losses.append(float(loss))
+    assert np.mean(losses[-3:]) < 0.7 * losses[0]
+    assert train_step._cache_size() - programs <= 1
+    still = [
+        jax.tree_util.keystr(path)
+        for (path, old), new in zip(
+            jax.tree_util.tree_flatten_with_path(before)[0],
+            jax.tree.leaves(_host(state.params)),
+            strict=True,
+        )
+        if np.array_equal(old, new)
+    ]
+    # A bias before a normalisation that takes the mean away again has no effect; none is expected
+    # to stand still to the bit, though, because several channels share a group.
+    assert not still
+    assert int(state.step) == 12 and float(state.sums.count) == 48
+
+
+def test_masked_rows_do_not_count(parts):
+    """Whatever stands in the rows that fill up a batch, the step is the same."""
+    settings = parts[1]
+    batch = _batch(parts)
+    mask = np.array([True, True, True, False])
+    other = batch.rgb.copy()
+    other[3] = 255 - other[3]
+    labels = batch.label.copy()
+    labels[3] = 1 - labels[3]
+    results = []
+    for rgb, label in ((batch.rgb, batch.label), (other, labels)):
+        filled = batch._replace(rgb=rgb, label=label, mask=mask)
+        state, loss = _step(settings, _state(settings), filled)
+        results.append((float(loss), _host(state.params), float(state.sums.count)))
+    assert results[0][0] == results[1][0] and results[0][2] == 3
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), results[0][1], results[1][1]
+    )
+
+
+def test_a_rate_of_zero_changes_nothing_and_rates_scale_updates(parts):
+    settings = parts[1]
+    batch = _batch(parts)
+    start = _host(_state(settings).params)
+    moved = [_host(_step(settings, _state(settings), batch, rate)[0].params)
+             for rate in (0.0, 1e-4, 2e-4)]  # fmt: skip
+    assert _equal(moved[0], start)
+    one, two = (
+        np.concatenate([(a - b).ravel() for a, b in zip(
+            jax.tree.leaves(m), jax.tree.leaves(start), strict=True)])
+        for m in moved[1:]
+    )  # fmt: skip
+    np.testing.assert_allclose(two, 2 * one, rtol=1e-2, atol=2e-7)
+
+
+def test_stages_hand_over_weights_and_nothing_else(parts):
+    run, settings, index, records = parts
+    train_stage(run, settings, "first", index, records)
+    best = run.best("first")
+    _, handed, _ = best.restore(settings.abstract_params(2))
+    best.close()
+    state, memory = train._start(run, settings, "second", 2, run.last("second"))
+    assert _equal(state.params, handed)
+    assert not _equal(state.params, settings.initial_params(settings.model(2)))
+    assert memory == StageProgress() and int(state.step) == 0
+    moments = [x for x in jax.tree.leaves(state.opt_state) if jnp.ndim(x)]
+    assert moments and not any(np.any(x) for x in _host(moments))
+    fates = json.loads(run.stage_file("second", "weights.json").read_text())
+    assert {row["fate"] for row in fates.values()} == {"copied from stage 'first'"}
+    scratch = json.loads(run.stage_file("first", "weights.json").read_text())
+    assert {row["fate"] for row in scratch.values()} == {"initialised at random"}
+    assert fates.keys() == scratch.keys()
+
+
+def _final(run, name, settings):
+    last = run.last(name)
+    try:
+        like = jax.eval_shape(lambda: _state(settings))
+        return last.restore(like)
+    finally:
+        last.close()
+
+
+def test_stopping_at_any_step_and_going_on_equals_never_stopping(parts, tmp_path, monkeypatch):
+    """Bit for bit: weights, optimiser, sums and the figures of every epoch."""
+    whole, settings, index, records = parts
+    train_stage(whole, settings, "first", index, records)
+    broken = Run(tmp_path / "broken")
+    real = train.train_step
+    starts = 0
+    while not broken.stage_file("first", "done.json").exists():
+        starts += 1
+        done = []
+
+        def stop_after_two(*args, _done=done, **kwargs):
+            _done.append(1)
+            if len(_done) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(train, "train_step", stop_after_two)
+        try:
+            train_stage(broken, settings, "first", index, records)
+        except Interrupted as stopped:
+            assert stopped.signum == signal.SIGTERM
+    assert starts > 2
+    step, state, memory = _final(whole, "first", settings)
+    other_step, other_state, other_memory = _final(broken, "first", settings)
+    assert step == other_step and _equal(state, other_state)
+    assert {**memory, "seconds": 0} == {**other_memory, "seconds": 0}
+    logs = [_log(run) for run in (whole, broken)]
+    assert logs[0] == logs[1] and len(logs[0]) == 2 * settings.stages["first"].max_epochs
+
+
+def _log(run):
+    rows = [json.loads(line) for line in (run.workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+def test_a_torn_last_line_of_the_log_stays_alone(parts):
+    """A kill in mid-write leaves half a line; the next one must not continue it."""
+    run, settings, index, records = parts
+    run.workdir.mkdir(parents=True)
+    (run.workdir / "metrics.jsonl").write_text('{"stage": "fi')
+    train_stage(run, settings, "first", index, records)
+    torn, *rows = (run.workdir / "metrics.jsonl").read_text().splitlines()
+    assert torn == '{"stage": "fi' and all(json.loads(row) for row in rows)
+
+
+def test_a_second_signal_acts_at_once():
+    with pytest.raises(KeyboardInterrupt):
+        with train.stop_requests() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop == [signal.SIGINT]
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_loss_that_is_not_finite_names_step_and_videos(parts, monkeypatch):
+    run, settings, index, records = parts
+    real = train.train_step
+
+    def poisoned(state, batch, *args, **kwargs):
+        state, loss = real(state, batch, *args, **kwargs)
+        return state, loss * np.float32("nan")
+
+    monkeypatch.setattr(train, "train_step", poisoned)
+    with pytest.raises(FloatingPointError) as error:
+        train_stage(run, settings, "first", index, records)
+    assert "step 0" in str(error.value) and ".mp4" in str(error.value)
+
+
+def test_the_stop_rule_by_hand():
+    memory = StageProgress()
+    outcomes = []
+    for epoch, (top1, loss) in enumerate(
+        [(0.5, 1.0), (0.6, 1.1), (0.6, 0.9), (0.6, 0.95), (0.55, 0.5)], 1
+    ):
+        memory.epoch = epoch
+        outcomes.append(memory.update(top1, loss, min_delta=0.01))
+    # Equal accuracy with a lower loss is better, but no rise.
+    assert outcomes == [True, True, True, False, False]
+    assert (memory.best_epoch, memory.best_top1, memory.best_loss) == (3, 0.6, 0.9)
+    assert memory.plateau_epochs == 3
+
+
+def test_a_stage_ends_when_validation_settles(parts):
+    run, settings, index, records = parts
+    config = settings.config.as_configdict().copy_and_resolve_references()
+    config.stages.first.update(max_epochs=9, patience=2, learning_rate=0.0)
+    summary = train_stage(run, Settings.of(config), "first", index, records)
+    assert summary["epochs"] == 3 and "settled" in summary["stopped"]
+    # A second call has nothing to do.
+    assert train_stage(run, Settings.of(config), "first", index, records) == summary
