@@ -55,7 +55,7 @@ def get_config() -> ConfigDict:
     config.model = {
         "width": 8,
         "streams": "both",
-        "norm": "group",
+        "norm": "none",
         "norm_groups": 8,
         "mst": {"spatial": (1, 3, 5), "temporal": (3, 3, 5), "width": 64},
         "conv3d": {
@@ -91,11 +91,11 @@ def get_config() -> ConfigDict:
         "boundaries": (),
         "factors": (),
         "warmup_epochs": 1.0,
-        "max_epochs": 14,
-        "patience": 14,
+        "max_epochs": 12,
+        "patience": 12,
         "min_delta": 0.001,  # 0.1 points
     }
-    config.stages = {"first": stage, "second": {**stage, "learning_rate": 1e-4, "max_epochs": 3}}
+    config.stages = {"first": stage, "second": {**stage, "learning_rate": 1e-4, "max_epochs": 2}}
     config.stage_order = ("first", "second")
 
     return config

@@ -116,10 +116,11 @@ def _laptop(config: ConfigDict) -> None:
     """The same layers, small enough for two cores, and what it takes to train them from scratch.
 
     Deviations from the paper, because VGG's ImageNet weights do not fit one eighth of its width:
-    group normalisation, random crops and flips, larger rates with warm-up and cosine, decay.
+    group normalisation after each convolution, random crops and flips, less dropout, smaller
+    batches, larger rates with warm-up and cosine, weight decay.
     """
     config.pretrained = "none"
-    config.checkpoint_every_steps = 20
+    config.checkpoint_every_steps = 32
     config.records.update(size=80, flow_size=160, flow_algorithm="dis", flow_bound=8.0)
     config.inputs.update(
         crop_size=64, rgb_preprocess="minus1_1", flow_scale=1 / 32, random_crop=True, flip=True
@@ -128,10 +129,12 @@ def _laptop(config: ConfigDict) -> None:
     config.model.mst.width = 64
     config.model.conv3d.width = 64
     config.model.fusion.width = 64
+    config.model.drop.input = 0.25
+    config.batch_size = 4
     config.optimizer.weight_decay = 0.05
     config.stages.first.update(
-        learning_rate=1e-3, schedule="cosine", warmup_epochs=1.0, max_epochs=24, patience=24
+        learning_rate=1e-3, schedule="cosine", warmup_epochs=1.0, max_epochs=18, patience=18
     )
     config.stages.second.update(
-        learning_rate=1e-4, schedule="cosine", warmup_epochs=0.0, max_epochs=6, patience=6
+        learning_rate=1e-4, schedule="cosine", warmup_epochs=0.0, max_epochs=3, patience=3
     )

@@ -126,6 +126,7 @@ def _check_same_leaves(stored: Any, like: Any, where: Path) -> None:
 def starting_params(
     initialise: Callable[[], Params],
     *,
+    expected: Params,
     previous: tuple[str, Params] | None,
     vgg: str,
     temporal_init: str,
@@ -135,6 +136,7 @@ def starting_params(
 
     Args:
       initialise: makes the randomly initialised parameters.
+      expected: their shapes.
       previous: name and best weights of the stage before, if there is one: the hand-off.
       vgg: else, the ImageNet weights: 'keras', a file, or 'none' for training from scratch.
       temporal_init: how the 3-D layers start (`model.temporal.init`).
@@ -148,7 +150,6 @@ def starting_params(
     """
     if previous is not None:
         name, source = previous
-        expected = jax.eval_shape(initialise)
         _check_same_leaves(source, expected, Path(f"the hand-off from stage '{name}'"))
         return source, {path: f"copied from stage '{name}'" for path in _shapes(source)}
     params = initialise()

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,13 +35,16 @@ _WORKDIR = flags.DEFINE_string(
 )
 
 
-def run_experiment(config: ConfigDict, workdir: Path, config_file: str) -> dict[str, Any]:
+def run_experiment(
+    config: ConfigDict, workdir: Path, config_file: str, changes: Mapping[str, Any]
+) -> dict[str, Any]:
     """Does whatever of an experiment is not done yet.
 
     Args:
       config: the resolved configuration.
       workdir: the run's folder.
       config_file: what --config said, for the record.
+      changes: what the command line changed in it, for the record.
 
     Returns:
       The results, as in `results.json`.
@@ -58,17 +61,18 @@ def run_experiment(config: ConfigDict, workdir: Path, config_file: str) -> dict[
             results = run.read_json("results.json")
             progress.say(f"all is done already in {workdir}")
         else:
-            results = _work(run, settings, config_file)
+            results = _work(run, settings, {"config_file": config_file, "changes": dict(changes)})
     progress.say(_headline(results))
     progress.say(f"report: {workdir / 'report' / 'index.html'}")
     return results
 
 
-def _work(run: "Run", settings: "Settings", config_file: str) -> dict[str, Any]:
+def _work(run: "Run", settings: "Settings", origin: dict[str, Any]) -> dict[str, Any]:
     from stf_jax import progress
     from stf_jax.checkpoint import count_parameters
     from stf_jax.datasets import load_index
     from stf_jax.evaluate import score_run, write_samples, write_scores
+    from stf_jax.progress import peak_memory_mb
     from stf_jax.records import prepare_records
     from stf_jax.report import write_report
     from stf_jax.train import train_stage
@@ -99,8 +103,9 @@ def _work(run: "Run", settings: "Settings", config_file: str) -> dict[str, Any]:
         "data": {key: data[key] for key in ("name", "root", "counts")},
         "stages": stages,
         "environment": environment(),
-        "config_file": config_file,
+        **origin,
         "seed": settings.config.seed,
+        "peak_memory_mb": max([peak_memory_mb(), *(s["peak_memory_mb"] for s in stages)]),
         "parameters": count_parameters(settings.abstract_params(len(index.class_names))),
     }
     run.write_json("results.json", results)
@@ -214,8 +219,9 @@ def main(argv: Sequence[str]) -> None:
         raise SystemExit(f"Unknown argument {argv[1]!r}: settings look like --config.seed=1")
     config_file = config_flags.get_config_filename(flags.FLAGS["config"])
     workdir = Path(_WORKDIR.value or default_workdir(config_file))
+    changes = config_flags.get_override_values(flags.FLAGS["config"])
     try:
-        run_experiment(_CONFIG.value, workdir, config_file)
+        run_experiment(_CONFIG.value, workdir, config_file, changes)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None

@@ -1,5 +1,6 @@
-"""What a user sees while the program works: lines that stay, and bars with rate and time left."""
+"""What a user sees of a program at work: lines that stay, bars with the time left, memory."""
 
+import resource
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -48,3 +49,10 @@ def bar(
         dynamic_ncols=interactive,
         ncols=None if interactive else 100,
     )
+
+
+def peak_memory_mb() -> int:
+    """The most memory that this process, or one of its finished workers, has held so far, MiB."""
+    who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    kibibytes = max(resource.getrusage(one).ru_maxrss for one in who)
+    return round(kibibytes / (1024 if sys.platform.startswith("linux") else 1024**2))

@@ -64,6 +64,12 @@ def initial_state(params: Params, optimizer: OptimizerSettings) -> TrainState:
     return _placed(TrainState(jnp.zeros((), jnp.int32), params, opt_state, Sums.zero()))
 
 
+def abstract_state(settings: Settings, num_classes: int) -> TrainState:
+    """The shapes and dtypes of a state; costs no memory."""
+    start = functools.partial(initial_state, optimizer=settings.optimizer)
+    return jax.eval_shape(start, settings.abstract_params(num_classes))
+
+
 def _placed(tree: Any) -> Any:
     """On the first device for good, as restored states are: one compiled step fits all of them."""
     return jax.device_put(tree, jax.devices()[0])
@@ -197,6 +203,7 @@ def train_stage(
         "best_top1": memory.best_top1,
         "stopped": stopped,
         "seconds": round(memory.seconds, 1),
+        "peak_memory_mb": progress.peak_memory_mb(),
     }
     run.write_json(f"stages/{name}/done.json", summary)
     return summary
@@ -206,18 +213,16 @@ def _start(
     run: Run, settings: Settings, name: str, num_classes: int, last: Checkpoints
 ) -> tuple[TrainState, StageProgress]:
     """Where a stage goes on: its own last checkpoint, else the hand-off, else VGG, else scratch."""
-    model = settings.model(num_classes)
     if last.latest_step() is not None:
-        like = jax.eval_shape(
-            lambda: initial_state(settings.initial_params(model), settings.optimizer)
-        )
+        like = abstract_state(settings, num_classes)
         step, state, record = last.restore(like)
         memory = StageProgress(**record)
         progress.say(f"stage '{name}': continuing after step {step} (epoch {memory.epoch + 1})")
         return state, memory
     config = settings.config
     params, fates = starting_params(
-        lambda: settings.initial_params(model),
+        lambda: settings.initial_params(settings.model(num_classes)),
+        expected=settings.abstract_params(num_classes),
         previous=_previous_stage(run, settings, name, num_classes),
         vgg=config.pretrained,
         temporal_init=config.model.temporal.init,

@@ -49,7 +49,7 @@ _DEFAULT_RATE = 25.0
 _SNIFFED_BYTES = 4096
 
 # The first box of MP4 and QuickTime files.
-_MP4_STARTS = (b"ftyp", b"mdat", b"wide", b"free", b"skip")
+_MP4_STARTS = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
 
 # A time stamp that falls back further than this, in seconds, starts a new clock (concatenated or
 # wrapped streams); less is disorder.
@@ -199,7 +199,7 @@ class VideoReader:
         if not stat.S_ISREG(os.stat(self.path).st_mode):
             raise VideoFault(self.path, "not a regular file", "Expected a video file; remove it.")
         with open(self.path, "rb") as file, _open(file, self.path) as container:
-            stream = _video_stream(container, self.path)
+            stream = _video_stream(container, file, self.path)
             stream.codec_context.thread_count = self._threads
             self._check_pixels(stream.codec_context.width, stream.codec_context.height)
             progress = _Progress()
@@ -212,7 +212,7 @@ class VideoReader:
                 self._check_length(progress, stream)
                 yield canvas.draw(frame)
             if canvas is None:
-                raise VideoFault(
+                raise _moov_fault(file, self.path) or VideoFault(
                     self.path,
                     "no decodable frame",
                     f"Its {_name(stream)} stream was expected to hold at least one picture; "
@@ -303,13 +303,8 @@ def _open(file: BinaryIO, path: Path) -> InputContainer:
         try:
             container = av.open(_Nameless(file), metadata_errors="replace")
         except av.error.FFmpegError as error:
-            if head[4:8] in _MP4_STARTS and not _has_box(file, b"moov"):
-                raise VideoFault(
-                    path,
-                    "MP4 without moov box",
-                    "The part that says where the frames are is missing: the file was cut, or its "
-                    "recording was never finished; copy or record it again.",
-                ) from error
+            if (fault := _moov_fault(file, path)) is not None:
+                raise fault from error
             kind = "unrecognised content"
         else:
             if not container.format.name.endswith("_pipe"):
@@ -353,26 +348,48 @@ def _other_content(head: bytes) -> str | None:
     return "HTML document" if start.startswith(("<!doctype html", "<html")) else "text"
 
 
-def _has_box(file: BinaryIO, name: bytes) -> bool:
-    """Whether an MP4 file has the top-level box `name`; walks the boxes, reads none."""
+def _moov_fault(file: BinaryIO, path: Path) -> VideoFault | None:
+    """Why an unusable file is no whole MP4; None if it is one, or another kind of file.
+
+    To be asked only where libav found nothing to decode: of a cut moov box it takes what it can.
+    """
+    file.seek(0)
+    if file.read(8)[4:] not in _MP4_STARTS:
+        return None
+    end = _box_end(file, b"moov")
+    if end is not None and end <= os.fstat(file.fileno()).st_size:
+        return None
+    return VideoFault(
+        path,
+        "MP4 without moov box" if end is None else "MP4 with a cut moov box",
+        "The part that says where the frames are is missing or incomplete: the file was cut, or "
+        "its recording was never finished; copy or record it again.",
+    )
+
+
+def _box_end(file: BinaryIO, name: bytes) -> int | None:
+    """Where the top-level box `name` of an MP4 file should end; walks the boxes, reads none."""
     position, end = 0, os.fstat(file.fileno()).st_size
     while position + 8 <= end:
         file.seek(position)
         header = file.read(16)
         size, kind = struct.unpack(">I4s", header[:8])
-        if kind == name:
-            return True
         if size == 1 and len(header) == 16:
             (size,) = struct.unpack(">Q", header[8:])
+        if kind == name:
+            return position + size
         if size < 8:  # 0: reaches to the end of the file; else damaged
-            return False
+            return None
         position += size
-    return False
+    return None
 
 
-def _video_stream(container: InputContainer, path: Path) -> VideoStream:
+def _video_stream(container: InputContainer, file: BinaryIO, path: Path) -> VideoStream:
     """The stream to decode: libav's choice, cover pictures aside."""
     streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+    if not streams or all(s.codec_context is None for s in streams):
+        if (fault := _moov_fault(file, path)) is not None:
+            raise fault
     if not streams:
         only = " (audio only)" if container.streams.audio else ""
         raise VideoFault(

@@ -89,7 +89,12 @@ def test_another_architecture_lists_every_leaf(tmp_path):
 
 def _start(previous=None, vgg="none"):
     return starting_params(
-        lambda: TREE, previous=previous, vgg=vgg, temporal_init="he", conv1_init="random"
+        lambda: TREE,
+        expected=TREE,
+        previous=previous,
+        vgg=vgg,
+        temporal_init="he",
+        conv1_init="random",
     )
 
 

@@ -42,17 +42,31 @@ def test_every_video_is_a_real_encoded_file(small, root):
     assert formats == {("h264", "mov"): len(small) // 2, ("mpeg4", "avi"): len(small) // 2}
 
 
-def test_neither_format_nor_actor_tells_the_class():
-    by_format, by_actor = defaultdict(Counter), defaultdict(Counter)
-    for clip in demo.clips():
-        by_format[clip.class_name][clip.suffix] += 1
-        by_actor[clip.class_name][clip.actor] += 1
+def test_format_shape_and_pattern_do_not_tell_the_class():
     half = demo.GROUPS * demo.CLIPS_PER_GROUP // 2
-    for name in demo.CLASS_NAMES:
-        assert by_format[name] == {".mp4": half, ".avi": half}
-        if not name.endswith("bobs"):
-            assert by_actor[name] == {"ball": half, "star": half}
-    assert by_actor["star_bobs"] == {"star": 2 * half}
+    for cue, values in (
+        ("suffix", (".mp4", ".avi")),
+        ("actor", ("ball", "star")),
+        ("pattern", ("plain", "striped")),
+    ):
+        counts = defaultdict(Counter)
+        for clip in demo.clips():
+            counts[clip.class_name][getattr(clip, cue)] += 1
+        for name in demo.CLASS_NAMES:
+            named = name.partition("_")[0]
+            told = cue == "pattern" and named in values
+            assert counts[name] == ({named: 2 * half} if told else dict.fromkeys(values, half))
+
+
+def test_stripes_are_in_the_picture_and_not_in_the_flow(small, root):
+    """Of the same group and number, striped actors have more upright edges, and move alike."""
+    for plain in _of(small, "plain_bobs"):
+        striped = demo.DemoClip("striped_bobs", plain.group, plain.number)
+        frames = [read_video(root / clip.video_id).frames for clip in (plain, striped)]
+        middle = [np.float32(f[:, 38:74, 34:62]).mean(axis=3) for f in frames]
+        edges = [np.abs(np.diff(m, axis=2)).mean() for m in middle]
+        assert edges[1] > 1.5 * edges[0]
+        assert max(_speed(root / clip.video_id) for clip in (plain, striped)) < 2
 
 
 def test_same_seed_same_bytes_another_seed_not(root, tmp_path, small):
@@ -138,7 +152,7 @@ def test_pairs_differ_only_in_what_they_say():
     left, right = (demo._motion(n, 60, draws())(t) for n in ("glides_left", "glides_right"))
     np.testing.assert_allclose(left[1], right[1])
     np.testing.assert_allclose(np.diff(left[0])[:5], -np.diff(right[0])[:5])
-    ball, star = (demo._motion(n, 60, draws())(t) for n in ("ball_bobs", "star_bobs"))
-    np.testing.assert_array_equal(ball, star)
+    plain, striped = (demo._motion(n, 60, draws())(t) for n in ("plain_bobs", "striped_bobs"))
+    np.testing.assert_array_equal(plain, striped)
     a, b = (demo._motion(n, 60, draws()) for n in ("hops_then_sways", "sways_then_hops"))
     np.testing.assert_allclose(np.sort(a(t)[0])[[0, -1]], np.sort(b(t)[0])[[0, -1]], atol=1)

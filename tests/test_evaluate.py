@@ -1,0 +1,113 @@
+import csv
+import dataclasses
+
+import numpy as np
+import pytest
+
+from stf_jax.datasets import ClipEntry, load_index
+from stf_jax.evaluate import Scores, evaluate, evaluate_subset, write_samples, write_scores
+from stf_jax.pipeline import batches
+from stf_jax.predict import Predictor
+from stf_jax.prepare import encode_video
+from stf_jax.records import prepare_records
+from stf_jax.run import Settings, usable_entries
+
+
+@pytest.fixture
+def parts(tiny_config):
+    settings = Settings.of(tiny_config)
+    index = load_index(settings.config.data)
+    records = prepare_records(index, settings.records)
+    return settings, index, records, settings.initial_params(settings.model(2))
+
+
+def test_the_batch_size_does_not_change_a_score(parts):
+    settings, index, records, params = parts
+    results = []
+    for size in (1, 3, 4):
+        config = settings.config.as_configdict().copy_and_resolve_references()
+        config.batch_size = size
+        scores = evaluate_subset(Settings.of(config), params, index, records, "train")
+        assert scores.entries == tuple(usable_entries(index, records, "train"))
+        results.append(scores.probabilities)
+    np.testing.assert_allclose(results[0], results[1], atol=1e-6)
+    np.testing.assert_allclose(results[0], results[2], atol=1e-6)
+    # They are scores of these videos, not one score repeated.
+    assert len(np.unique(results[0].round(5), axis=0)) == len(results[0])
+
+
+def test_every_video_counts_exactly_once(parts):
+    settings, index, records, params = parts
+    entries = usable_entries(index, records, "train")
+    stream = list(batches(records, entries, settings.sampling, batch_size=4, train=False))
+    model = settings.model(2)
+    with pytest.raises(ValueError, match="left out"):
+        evaluate(model, params, settings.inputs, stream[:-1], entries)
+    with pytest.raises(ValueError, match="came twice"):
+        evaluate(model, params, settings.inputs, [*stream, stream[0]], entries)
+
+
+def test_an_empty_subset_is_named(parts):
+    settings, index, records, params = parts
+    bare = dataclasses.replace(index, entries=index.subset("train"))
+    with pytest.raises(ValueError, match="test subset of .* holds no usable video"):
+        evaluate_subset(settings, params, bare, records, "test")
+
+
+def test_prediction_of_a_file_gives_the_score_of_the_evaluation(parts):
+    settings, index, records, params = parts
+    scores = evaluate_subset(settings, params, index, records, "test")
+    predictor = Predictor(settings, index.class_names, settings.model(2), params)
+    for entry, row in zip(scores.entries, scores.probabilities, strict=True):
+        np.testing.assert_allclose(predictor.predict(index.path(entry)), row, atol=1e-6)
+
+
+def test_a_video_of_one_frame_can_be_predicted(parts, make_video, tmp_path):
+    settings, index, _, params = parts
+    predictor = Predictor(settings, index.class_names, settings.model(2), params)
+    path = make_video(tmp_path / "one.mp4", frames=1)
+    assert len(encode_video(path, settings.records).flow) == 0
+    assert predictor.predict(path).sum() == pytest.approx(1.0, abs=1e-5)
+
+
+ENTRIES = (
+    ClipEntry('a/"quoted", ü.avi', 0, "g1", "test"),
+    ClipEntry("b/x.avi", 1, "g1", "test"),
+    ClipEntry("b/y.avi", 1, "g2", "test"),
+)
+SCORES = Scores(ENTRIES, np.array([[0.9, 0.1], [0.7, 0.3], [0.2, 0.8]], np.float32))
+
+
+def test_scores_are_a_real_csv(tmp_path):
+    write_scores(tmp_path / "s.csv", SCORES, ("one, two", "b"))
+    with open(tmp_path / "s.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["video_id"] for row in rows] == [entry.video_id for entry in ENTRIES]
+    assert [row["prediction"] for row in rows] == ["one, two", "one, two", "b"]
+    assert [row["correct"] for row in rows] == ["1", "0", "1"]
+    assert float(rows[1]["b"]) == pytest.approx(0.3)
+
+
+def test_figures_by_hand():
+    figures = SCORES.figures()
+    assert figures.top1 == pytest.approx(2 / 3) and figures.num_videos == 3
+    assert figures.mean_class_accuracy == pytest.approx(0.75)
+    assert figures.confusion == [[1, 0], [1, 1]]
+
+
+def test_samples_hold_what_the_network_saw(parts, tmp_path):
+    settings, index, records, params = parts
+    scores = evaluate_subset(settings, params, index, records, "test")
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "old.npz").touch()
+    write_samples(tmp_path / "samples", settings, records, scores, count=2)
+    files = sorted((tmp_path / "samples").iterdir())
+    assert [path.name for path in files] == ["0.npz", "1.npz"]
+    ids = set()
+    for path in files:
+        with np.load(path, allow_pickle=False) as sample:
+            ids.add(str(sample["video_id"]))
+            assert sample["frames"].shape == (8, 36, 36, 3) and sample["frames"].dtype == np.uint8
+            assert sample["flow"].shape == (8, 36, 36, 2)
+            assert np.abs(sample["flow"]).max() <= settings.records.flow_bound * 1.01
+    assert len(ids) == 2 and ids <= {entry.video_id for entry in index.subset("test")}

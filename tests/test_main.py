@@ -1,0 +1,116 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stf_jax import main
+from stf_jax.run import Run, Settings
+
+ROOT = Path(__file__).parent.parent
+
+
+def _main(*arguments, cwd=ROOT):
+    return subprocess.run(
+        [sys.executable, "-m", "stf_jax.main", *arguments],
+        cwd=cwd, capture_output=True, text=True, check=False, timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "--config is missing, such as --config=configs/demo.py"),
+        (["--config=configs/demo.py", "--config.batch_sise=3"], "batch_size"),
+        (["--config=configs/demo.py", "--config.model.lstm.hiden=3"], "hidden"),
+        (["--config=configs/demo.py", "--config.batch_size=many"], "batch_size"),
+        (["--config=configs/demmo.py"], "configs/demmo.py"),
+        (["--config=configs/ucf101.py:lapptop"], "lapptop"),
+        (["--config=configs/demo.py", "--wordkir=x"], "workdir"),
+    ],
+)
+def test_a_typo_ends_in_one_line_that_names_it(arguments, said):
+    done = _main(*arguments)
+    assert done.returncode == 2
+    assert said in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--config.data.root=nowhere"], "nowhere is not there"),
+        (["--config.data.split=7"], "data.split: got 7"),
+        (["--config.records.flow_algorithm=brox"], "choose one of: dis, tvl1, farneback"),
+        (["--config.model.mst.spatial=(2,3,5)"], "mst.spatial"),
+        (["--config.stages.first.schedule=sine"], "sine"),
+        (["--config.inputs.crop_size=8"], "inputs.crop_size"),
+    ],
+)
+def test_an_impossible_value_ends_before_any_work(arguments, said, tmp_path):
+    done = _main(
+        "--config=configs/ucf101.py:laptop", f"--workdir={tmp_path}/run", "--config.allow_cpu=true",
+        *arguments,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_default_workdirs_tell_presets_apart():
+    names = {
+        str(main.default_workdir(card))
+        for card in ("configs/ucf101.py", "configs/ucf101.py:laptop", "configs/ucf101.py:split=2")
+    }
+    assert names == {"runs/ucf101", "runs/ucf101-laptop", "runs/ucf101-split2"}
+
+
+def test_a_gpu_that_jax_does_not_use_stops_the_run(monkeypatch):
+    monkeypatch.setattr(main.Path, "exists", lambda self: str(self) == "/dev/nvidia0")
+    with pytest.raises(RuntimeError, match="EXTRAS=cuda12"):
+        main._check_devices(allow_cpu=False)
+    main._check_devices(allow_cpu=True)
+
+
+def test_a_workdir_belongs_to_one_configuration(tmp_path, tiny_config):
+    run = Run(tmp_path / "run")
+    run.claim(tiny_config)
+    run.claim(tiny_config)
+    # Where things are and how fast they go may change.
+    tiny_config.records.root, tiny_config.records.workers = "elsewhere", 7
+    run.claim(tiny_config)
+    tiny_config.stages.first.learning_rate = 0.5
+    with pytest.raises(ValueError, match=r"stages.first.learning_rate: 0.001 there, 0.5 now"):
+        run.claim(tiny_config)
+    assert Settings.of(tiny_config).records.root == "elsewhere"
+    assert run.settings().config.stages.first.learning_rate == 0.001
+
+
+def test_a_folder_without_a_run_is_named(tmp_path):
+    for script in ("evaluate", "report"):
+        done = subprocess.run(
+            [sys.executable, f"experiments/{script}.py", f"--workdir={tmp_path}"],
+            cwd=ROOT, capture_output=True, text=True, check=False, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert str(tmp_path) in done.stderr
+
+
+def test_a_read_only_workdir_fails_at_once(tmp_path):
+    if os.geteuid() == 0:
+        blocked = tmp_path / "file"  # root may write anywhere, but not below a file
+        blocked.write_text("")
+    else:
+        blocked = tmp_path / "closed"
+        blocked.mkdir(mode=0o500)
+    done = _main("--config=configs/demo.py", f"--workdir={blocked}/run")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert str(blocked) in done.stderr
+
+
+def test_the_environment_names_commit_and_versions():
+    facts = main.environment()
+    assert {"commit", "python", "jax", "flax", "av", "devices", "machine"} <= facts.keys()
+    assert json.dumps(facts)
