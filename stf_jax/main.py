@@ -8,6 +8,7 @@ the preparation, which import this module, start quickly.
 """
 
 import dataclasses
+import difflib
 import importlib.metadata
 import os
 import platform
@@ -15,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +78,8 @@ def _work(run: "Run", settings: "Settings", origin: dict[str, Any]) -> dict[str,
     from stf_jax.report import write_report
     from stf_jax.train import train_stage
 
+    # A network that does not fit its clips fails here, not after hours of preparation.
+    settings.abstract_params(num_classes=2)
     index = load_index(settings.config.data)
     progress.say(index.summary())
     began = time.monotonic()
@@ -241,11 +244,38 @@ def _parse(argv: Sequence[str]) -> list[str]:
         rest = flags.FLAGS(argv)
         if _CONFIG.value is None:
             raise ValueError("--config is missing, such as --config=configs/demo.py")
-        len(_CONFIG.value)  # A card that failed to load says so when it is first touched.
+        _ = _CONFIG.value.seed  # A card that failed to load says so when it is first touched.
         return rest
     except (flags.Error, AttributeError, KeyError, ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        # What a card raises arrives with a whole traceback in its text; the last line says it.
+        lines = str(error).strip().splitlines()
+        told = lines[-1] if "Traceback" in str(error) else " ".join(" ".join(lines).split())
+        if isinstance(error, KeyError):
+            told = _nearest_keys(str(error.args[0]).strip("'\""), argv)
+        print(f"error: {told}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _nearest_keys(unknown: str, argv: Sequence[str]) -> str:
+    """Says what the card has instead of a section that it has not."""
+    # The flag holds no card once a change of it has failed: read the card without changes.
+    (named,) = [a for a in argv if a.startswith("--config=")][-1:] or [""]
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("card", flag_values=values)
+    values([argv[0], named.replace("--config=", "--card=", 1)])
+    card = values["card"].value
+
+    def paths(part: ConfigDict, prefix: str) -> Iterator[str]:
+        for key, value in part.items():
+            yield prefix + key
+            if isinstance(value, ConfigDict):
+                yield from paths(value, f"{prefix}{key}.")
+
+    known = list(paths(card, "")) if isinstance(card, ConfigDict) else []
+    by_name = {path.rpartition(".")[2]: path for path in known}
+    near = difflib.get_close_matches(unknown, by_name, n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(by_name[name] for name in near)}?" if near else ""
+    return f"the card has no section {unknown!r}{hint}"
 
 
 def cli() -> None:

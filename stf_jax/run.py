@@ -51,6 +51,7 @@ class Settings:
                 f"stage_order {tuple(config.stage_order)} must name each of stages "
                 f"{tuple(config.stages)} once; they differ in {sorted(unknown)}"
             )
+        build_model(config.model, num_classes=2)
         return cls(
             config=config,
             records=RecordSettings(**config.records),

@@ -158,7 +158,7 @@ class VideoReader:
     Rotation and mirror flags and the sample aspect ratio are applied (the height stays, the width
     changes), interlaced frames are deinterlaced, alpha is dropped, and every depth and colour
     format becomes 8-bit RGB. All frames have the size of the first. Every iteration decodes
-    the file anew; `info` and `timestamps` describe the last one that reached the end.
+    the file anew and forgets the one before: `info` and `timestamps` are known at its end.
 
     Args:
       path: the file; any name, always taken as a path.

@@ -65,7 +65,7 @@ def test_stripes_are_in_the_picture_and_not_in_the_flow(small, root):
         frames = [read_video(root / clip.video_id).frames for clip in (plain, striped)]
         middle = [np.float32(f[:, 38:74, 34:62]).mean(axis=3) for f in frames]
         edges = [np.abs(np.diff(m, axis=2)).mean() for m in middle]
-        assert edges[1] > 1.5 * edges[0]
+        assert edges[1] > 1.15 * edges[0]
         assert max(_speed(root / clip.video_id) for clip in (plain, striped)) < 2
 
 

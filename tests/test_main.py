@@ -26,6 +26,7 @@ def _main(*arguments, cwd=ROOT):
         ([], "--config is missing, such as --config=configs/demo.py"),
         (["--config=configs/demo.py", "--config.batch_sise=3"], "batch_size"),
         (["--config=configs/demo.py", "--config.model.lstm.hiden=3"], "hidden"),
+        (["--config=configs/demo.py", "--config.tpn.window=4"], "did you mean model.tpn"),
         (["--config=configs/demo.py", "--config.batch_size=many"], "batch_size"),
         (["--config=configs/demmo.py"], "configs/demmo.py"),
         (["--config=configs/ucf101.py:lapptop"], "lapptop"),

@@ -61,10 +61,10 @@ def test_every_parameter_moves_the_loss_falls_and_one_program_does_it(parts):
     before = _host(state.params)
     programs = train_step._cache_size()
     losses = []
-    for _ in range(12):
+    for _ in range(40):
         state, loss = _step(settings, state, batch, rate=3e-3)
         losses.append(float(loss))
-    assert np.mean(losses[-3:]) < 0.7 * losses[0]
+    assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
     assert train_step._cache_size() - programs <= 1
     still = [
         jax.tree_util.keystr(path)
@@ -78,7 +78,7 @@ def test_every_parameter_moves_the_loss_falls_and_one_program_does_it(parts):
     # A bias before a normalisation that takes the mean away again has no effect; none is expected
     # to stand still to the bit, though, because several channels share a group.
     assert not still
-    assert int(state.step) == 12 and float(state.sums.count) == 48
+    assert int(state.step) == 40 and float(state.sums.count) == 160
 
 
 def test_masked_rows_do_not_count(parts):
