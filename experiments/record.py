@@ -88,7 +88,7 @@ def update(text: str, records: dict[str, dict[str, Any]]) -> str:
         mark = f"<!-- results: {kind} -->", f"<!-- end of results: {kind} -->"
         pattern = re.escape(mark[0]) + ".*?" + re.escape(mark[1])
         filled = f"{mark[0]}\n{table(records, generated=generated)}\n{mark[1]}"
-        text = re.sub(pattern, lambda _, filled=filled: filled, text, flags=re.DOTALL)
+        text = re.sub(pattern, filled.replace("\\", r"\\"), text, flags=re.DOTALL)
     return text
 
 
@@ -99,7 +99,7 @@ def main(argv: Sequence[str]) -> None:
     if bool(_WORKDIR.value) != bool(_NAME.value):
         raise app.UsageError("--workdir and --name go together")
     try:
-        if _WORKDIR.value:
+        if _WORKDIR.value and _NAME.value:
             print(record(Path(_WORKDIR.value), _NAME.value))
     except (FileNotFoundError, KeyError) as error:
         sys.exit(f"error: {error}")

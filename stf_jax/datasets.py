@@ -220,7 +220,7 @@ def ucf101(root: Path, *, split: int) -> VideoIndex:
 
 
 def _ucf101_classes(path: Path) -> tuple[str, ...]:
-    names = []
+    names: list[str] = []
     for row, line in _rows(path):
         number, _, name = line.partition(" ")
         if number != str(len(names) + 1) or not name or name in names:

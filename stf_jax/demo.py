@@ -23,6 +23,7 @@ from pathlib import Path
 import av
 import cv2
 import numpy as np
+from av.video.stream import VideoStream
 
 from stf_jax import progress
 
@@ -280,8 +281,8 @@ def _draw_actor(
         stripes = np.cos(across * 3 * np.pi) < 0  # three dark stripes on the width of a ball
         canvas[(mask > 127) & stripes[None, :]] = dark
     for side in (-1, 1):
-        at = (centre[0] + side * size * 0.22, centre[1] - size * 0.1)
-        place = tuple(int(round(c * unit)) for c in at)
+        eye = (centre[0] + side * size * 0.22, centre[1] - size * 0.1)
+        place = tuple(int(round(c * unit)) for c in eye)
         cv2.circle(canvas, place, round(size * 0.13 * unit), dark, -1, cv2.LINE_AA, bits)
 
 
@@ -294,6 +295,7 @@ def _encode(path: Path, frames: Iterator[np.ndarray]) -> None:
     }[path.suffix]
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=RATE, options=options)
+        assert isinstance(stream, VideoStream)
         stream.width = stream.height = SIDE
         stream.pix_fmt = "yuv420p"
         stream.codec_context.thread_count = 1

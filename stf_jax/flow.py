@@ -63,7 +63,9 @@ def make_flow(algorithm: str) -> FlowFunction:
 
 def _dis() -> FlowFunction:
     def compute(previous: np.ndarray, following: np.ndarray) -> np.ndarray:
-        dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+        dis = cv2.DISOpticalFlow_create(  # type: ignore[attr-defined]
+            cv2.DISOPTICAL_FLOW_PRESET_MEDIUM
+        )
         return dis.calc(previous, following, None)
 
     return compute
@@ -71,7 +73,8 @@ def _dis() -> FlowFunction:
 
 def _tvl1() -> FlowFunction:
     def compute(previous: np.ndarray, following: np.ndarray) -> np.ndarray:
-        return cv2.optflow.DualTVL1OpticalFlow_create().calc(previous, following, None)
+        tvl1 = cv2.optflow.DualTVL1OpticalFlow_create()  # type: ignore[attr-defined]
+        return tvl1.calc(previous, following, None)
 
     return compute
 

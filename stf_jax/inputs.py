@@ -1,6 +1,7 @@
 """From the bytes of a batch to network input: cropping, flipping, normalising, on the device."""
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -90,7 +91,7 @@ def network_input(
             "frames: lower it, or raise records.size and prepare again"
         )
     if train:
-        rgb, flow = jax.vmap(lambda *clip: _augment(*clip, settings))(
+        rgb, flow = jax.vmap(functools.partial(_augment, settings=settings))(
             batch.rgb, batch.flow, batch.seed
         )
     else:

@@ -165,8 +165,10 @@ def environment() -> dict[str, str]:
     """What a result depends on beside the configuration: commit, versions, machine."""
     import jax
 
-    names = ("jax", "flax", "optax", "orbax-checkpoint", "tensorflow-cpu", "av", "numpy")
-    names = (*names, "opencv-contrib-python-headless")
+    names = (
+        "jax", "flax", "optax", "orbax-checkpoint", "tensorflow-cpu", "av", "numpy",
+        "opencv-contrib-python-headless",
+    )  # fmt: skip
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     described = subprocess.run(git, capture_output=True, text=True, check=False)
     return {

@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import chex  # type: ignore[import-untyped]
 import flax.linen as nn
@@ -236,7 +236,7 @@ class ActionNetwork(nn.Module):
 
 
 # A ConfigDict is no Mapping, though it acts as one.
-Config = Mapping[str, Any] | ConfigDict
+Config: TypeAlias = Mapping[str, Any] | ConfigDict
 Section = TypeVar("Section")
 
 

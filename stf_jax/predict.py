@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import tensorflow as tf
 
@@ -26,10 +27,10 @@ def clip_of(
     return Batch(
         rgb=rgb.numpy()[None],
         flow=stacks.numpy()[None],
-        label=np.zeros(1, np.int32),
-        mask=np.ones(1, bool),
-        entry=np.zeros(1, np.int32),
-        seed=np.zeros((1, 2), np.uint32),
+        label=jnp.zeros(1, jnp.int32),
+        mask=jnp.ones(1, bool),
+        entry=jnp.zeros(1, jnp.int32),
+        seed=jnp.zeros((1, 2), jnp.uint32),
     )
 
 

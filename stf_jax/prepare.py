@@ -17,9 +17,11 @@ import os
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, TimeoutError, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -331,16 +333,22 @@ def _in_parallel(
     # 'spawn': a forked child would inherit the threads and locks of JAX and TensorFlow.
     pool = ProcessPool(workers, context=get_context("spawn"), initializer=_one_thread)
     try:
-        futures = {
+        futures: dict[Any, tuple[str, Path, Path]] = {
             pool.schedule(_stage_one, args=(*job, settings), timeout=settings.timeout): job
             for job in waiting
         }
-        pending = set(futures)
+        pending: set[Any] = set(futures)
         while pending:
             done, pending = wait(pending, return_when=FIRST_COMPLETED)
             for future in done:
                 yield _outcome(future.result, *futures[future], settings)
         pool.close()
+    except BrokenProcessPool as error:
+        pool.stop()
+        raise RuntimeError(
+            "The worker processes that decode videos could not start. A script that prepares "
+            "videos must do so under `if __name__ == '__main__':`, for every worker imports it."
+        ) from error
     except BaseException:
         pool.stop()
         raise

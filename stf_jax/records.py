@@ -11,8 +11,9 @@ import hashlib
 import io
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import tensorflow as tf
 import tensorflow_datasets as tfds
@@ -73,7 +74,7 @@ class Records:
     rows: Mapping[str, ManifestRow]
     digest: str
     _builder: tfds.core.DatasetBuilder = dataclasses.field(repr=False)
-    _source: Sequence = dataclasses.field(repr=False)
+    _source: Any = dataclasses.field(repr=False)
 
     def read(self, position: int) -> bytes:
         """The serialised example at a position (`ManifestRow.record`); safe from many threads."""

@@ -52,6 +52,11 @@ class Settings:
                 f"{tuple(config.stages)} once; they differ in {sorted(unknown)}"
             )
         build_model(config.model, num_classes=2)
+        if config.inputs.crop_size > config.records.size:
+            raise ValueError(
+                f"inputs.crop_size is {config.inputs.crop_size} px but records.size is only "
+                f"{config.records.size} px: lower the first or raise the second"
+            )
         return cls(
             config=config,
             records=RecordSettings(**config.records),

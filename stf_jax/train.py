@@ -106,9 +106,10 @@ def train_step(
     dropout = jax.random.fold_in(key, state.step)
 
     def loss_fn(params: Params) -> tuple[Array, tuple[Array, Array]]:
-        logits, features = model.apply(
+        outputs: Any = model.apply(
             {"params": params}, rgb, flow, train=True, rngs={"dropout": dropout}
         )
+        logits, features = outputs
         every_step = model.head.pool == "per_step_loss"
         loss = cross_entropy(logits, features, batch.label, every_step=every_step)
         weight = batch.mask.astype(jnp.float32)
@@ -351,7 +352,7 @@ class _Loop:
             rows.append(self._row("validation", memory, step, means, figures.num_videos))
         else:
             memory.best_epoch = memory.epoch
-        state = state.replace(sums=_placed(Sums.zero()))
+        state = dataclasses.replace(state, sums=_placed(Sums.zero()))
         if improved:
             self._best.save(step, state.params, {"epoch": memory.epoch})
         self._tick(memory)

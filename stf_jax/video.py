@@ -301,7 +301,7 @@ def _open(file: BinaryIO, path: Path) -> InputContainer:
     if kind is None:
         file.seek(0)
         try:
-            container = av.open(_Nameless(file), metadata_errors="replace")
+            container = av.open(_Nameless(file), "r", metadata_errors="replace")
         except av.error.FFmpegError as error:
             if (fault := _moov_fault(file, path)) is not None:
                 raise fault from error
@@ -621,7 +621,7 @@ def _orientation(frame: VideoFrame) -> tuple[bool, int]:
     if matrix is None:
         return False, 0
     # Row vectors: (x, y) goes to (a x + c y, b x + d y), y down.
-    a, b, _, c, d = struct.unpack_from("=5i", bytes(matrix))
+    a, b, _, c, d = struct.unpack_from("=5i", bytes(matrix))  # type: ignore[call-overload]
     mirrored = a * d - b * c < 0
     if mirrored:
         a, b = -a, -b

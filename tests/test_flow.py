@@ -130,6 +130,24 @@ def test_nothing_is_kept_between_calls(algorithm):
     np.testing.assert_array_equal(compute(*frames), first)
 
 
+def test_flow_runs_on_one_thread(monkeypatch):
+    # Every core already has a worker of its own.
+    seen, compute = [], cv2.calcOpticalFlowFarneback
+
+    def spy(*args, **kwargs):
+        seen.append(cv2.getNumThreads())
+        return compute(*args, **kwargs)
+
+    monkeypatch.setattr(cv2, "calcOpticalFlowFarneback", spy)
+    before = cv2.getNumThreads()
+    try:
+        cv2.setNumThreads(3)
+        make_flow("farneback")(*_shifted((3, -2)))
+    finally:
+        cv2.setNumThreads(before)
+    assert seen == [1]
+
+
 def test_threads_are_given_back_after_an_error():
     before = cv2.getNumThreads()
     try:

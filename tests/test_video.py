@@ -27,23 +27,32 @@ def _pictures(count, size=(48, 64), step=2):
 
 
 def _write(
-    path, pictures, codec, pix_fmt="yuv420p", *, rate=25, times=None, aspect=None, **options
+    path,
+    pictures,
+    codec,
+    pix_fmt="yuv420p",
+    *,
+    rate=25,
+    times=None,
+    tick=None,
+    aspect=None,
+    **options,
 ):
-    """Encodes pictures as given; `times` are in milliseconds."""
+    """Encodes pictures as given; `times` are in `tick` seconds."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate, options=options)
         stream.height, stream.width = pictures[0].shape[:2]
         stream.pix_fmt = pix_fmt
         stream.codec_context.thread_count = 1
         if times is not None:
-            stream.codec_context.time_base = Fraction(1, 1000)
+            stream.codec_context.time_base = tick
         if aspect is not None:
             stream.codec_context.sample_aspect_ratio = aspect
         for number, picture in enumerate(pictures):
             layout = "rgba" if picture.shape[-1] == 4 else "rgb24"
             frame = av.VideoFrame.from_ndarray(picture, format=layout)
             if times is not None:
-                frame.pts, frame.time_base = times[number], Fraction(1, 1000)
+                frame.pts, frame.time_base = times[number], tick
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return path
@@ -127,10 +136,13 @@ def test_colours_and_levels_are_the_pictures_own(tmp_path):
     assert np.abs(frames.astype(int) - red).max() < 8
 
 
-def test_frames_come_in_the_order_of_display(tmp_path):
-    # B-frames are stored out of order, and in AVI files their stamps are wrong too.
+@pytest.mark.parametrize(
+    ("name", "encoder"), [("v.avi", "mpeg4"), ("v.avi", "libx264"), ("v.mp4", "libx264")]
+)
+def test_frames_come_in_the_order_of_display(tmp_path, name, encoder):
+    # B-frames are stored out of order, and in AVI files their stamps may be wrong too.
     pictures = _pictures(20, step=4)
-    video = read_video(_write(tmp_path / "v.avi", pictures, "mpeg4", bf="2"))
+    video = read_video(_write(tmp_path / name, pictures, encoder, bf="2"))
     assert len(video.frames) == 20
     for number, frame in enumerate(video.frames):
         off = [np.abs(frame.astype(int) - picture).mean() for picture in pictures]
@@ -176,13 +188,28 @@ def test_ntsc_time_stamps_do_not_drift(tmp_path):
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 def test_variable_frame_rate_keeps_its_times(tmp_path, suffix):
     times = [0, 40, 50, 200, 210, 1000]
-    path = _write(tmp_path / f"v{suffix}", _pictures(6), "libx264", times=times)
+    tick = Fraction(1, 1000)
+    path = _write(tmp_path / f"v{suffix}", _pictures(6), "libx264", times=times, tick=tick)
     video = read_video(path)
     np.testing.assert_allclose(video.timestamps, np.array(times) / 1000, atol=1e-3)
     frames, seconds = _opencv(path)
     _assert_alike(video.frames, frames)
     np.testing.assert_allclose(video.timestamps, seconds - seconds[0], atol=1e-3)
     assert not video.info.truncated
+
+
+def test_dropped_frames_of_an_avi_are_no_frames(tmp_path):
+    # Where nothing was recorded it holds empty chunks, which must not end the decoding.
+    times = [0, 1, 2, 10, 11, 12]
+    tick = Fraction(1, 25)
+    path = _write(tmp_path / "v.avi", _pictures(6), "mpeg4", times=times, tick=tick)
+    content = path.read_bytes()
+    data = content[content.index(b"movi") : content.index(b"idx1")]
+    assert data.count(b"00dc\0\0\0\0") == 7
+    video = read_video(path)
+    _assert_alike(video.frames, _pictures(6), tolerance=6)
+    np.testing.assert_allclose(video.timestamps, np.array(times) / 25, atol=1e-9)
+    assert video.info.header_frames == 13 and not video.info.truncated
 
 
 def test_joined_files_run_on(tmp_path):
@@ -256,6 +283,30 @@ def test_a_cut_avi_gives_what_is_left_and_says_so(tmp_path):
     _assert_alike(video.frames, _opencv(path)[0])
     assert video.info.truncated and video.info.header_frames == 40
     assert any("before the time that its header promises" in note for note in video.info.notes)
+
+
+def test_a_cut_between_two_pictures_is_told_by_the_header_alone(tmp_path):
+    content = _write(tmp_path / "v.avi", _pictures(40, (96, 128)), "mpeg4").read_bytes()
+    start = content.index(b"movi") + 4
+    for _ in range(30):
+        (size,) = struct.unpack_from("<I", content, start + 4)
+        start += 8 + size + size % 2
+    # Without the extended index, as in most old files, libav knows no other length.
+    path = tmp_path / "cut.avi"
+    path.write_bytes(content[:start].replace(b"indx", b"JUNK"))
+    info = read_video(path).info
+    assert (info.num_frames, info.header_frames, info.truncated) == (30, 40, True)
+    assert info.notes == ("ends 10 frames before the time that its header promises",)
+
+
+def test_an_mkv_may_promise_more_for_its_pictures_than_for_the_file(tmp_path, make_video):
+    path = make_video(tmp_path / "v.mkv", frames=30)
+    content = path.read_bytes()
+    assert content.count(b"00:00:01.200") == 1
+    assert not read_video(path).info.truncated
+    path.write_bytes(content.replace(b"00:00:01.200", b"00:00:02.200"))
+    info = read_video(path).info
+    assert info.num_frames == 30 and info.truncated
 
 
 def test_a_cut_mkv_gives_what_is_left_and_says_so(tmp_path):
