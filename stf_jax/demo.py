@@ -1,16 +1,16 @@
 """The demo set: real encoded videos whose classes cannot be told apart by any single cue.
 
-Four pairs of classes. Within a pair everything is the same but one thing: what moves (appearance),
+Four pairs of classes. Within a pair everything is the same but one thing: the looks (appearance),
 where to (direction), how fast (speed), or what comes first (order over the whole video). Take the
 part of a network away that sees it, and that pair falls to chance.
 
-    plain_bobs / striped_bobs                appearance: one frame is enough, flow shows nothing
+    bobs_by_day / bobs_by_night              appearance: one frame is enough, flow shows nothing
     glides_left / glides_right               direction: neighbouring frames or flow
     circles_slowly / circles_fast            speed: the size of the flow
     hops_then_sways / sways_then_hops        order: both halves hold the same frames and flow
 
 A group is a landscape and the hue of its actor. Every group plays every class, with a ball and
-with a star, and both file formats and both patterns stand in every class but the first pair
+with a star, and both file formats and (but for the first pair) day and night stand in every class
 equally often, so none of them tells anything about the class.
 """
 
@@ -28,13 +28,13 @@ from av.video.stream import VideoStream
 from stf_jax import progress
 
 CLASS_NAMES = (
+    "bobs_by_day",
+    "bobs_by_night",
     "circles_fast",
     "circles_slowly",
     "glides_left",
     "glides_right",
     "hops_then_sways",
-    "plain_bobs",
-    "striped_bobs",
     "sways_then_hops",
 )
 GROUPS = 16
@@ -80,12 +80,11 @@ class DemoClip:
         return ("ball", "star")[self.number % 2]
 
     @property
-    def pattern(self) -> str:
-        """'plain' or 'striped': what the first pair of classes differs in."""
-        named = self.class_name.partition("_")[0]
-        if named in ("plain", "striped"):
-            return named
-        return ("plain", "striped")[(self.group // 2 + self.number) % 2]
+    def night(self) -> bool:
+        """Whether the landscape is dark: what the first pair of classes differs in."""
+        if self.class_name.startswith("bobs_"):
+            return self.class_name.endswith("_night")
+        return (self.group // 2 + self.number) % 2 == 0
 
 
 def clips() -> list[DemoClip]:
@@ -152,7 +151,7 @@ def _motion(class_name: str, num_frames: int, chance: np.random.Generator) -> Pa
     """Where the actor's centre is at each frame, px."""
     x0, y0 = chance.uniform(-5, 5, 2) + (SIDE / 2, SIDE * 0.56)
     phase = chance.uniform(0, 2 * np.pi)
-    if class_name.endswith("_bobs"):
+    if class_name.startswith("bobs_"):
         period = chance.uniform(28, 40)
         return lambda t: (x0 + 0 * t, y0 + 4 * np.sin(2 * np.pi * t / period + phase))
     if class_name.startswith("glides_"):
@@ -194,6 +193,7 @@ class _Landscape:
 
 
 _MARGIN = 6  # px that the camera may drift
+_MOONLIGHT = np.array([0.25, 0.3, 0.45])  # of red, green and blue
 
 
 def _landscape(group: int, seed: int) -> _Landscape:
@@ -239,8 +239,9 @@ def _render(clip: DemoClip, landscape: _Landscape, seed: int) -> Iterator[np.nda
     chance = np.random.default_rng((seed, 1, label, clip.group, clip.number))
     num_frames = int(chance.integers(52, 73))
     size = chance.uniform(14, 17)
-    if clip.class_name.endswith("_bobs"):
-        size *= 1.8  # near the camera, so that its looks can be told at 32 px
+    picture = landscape.picture
+    if clip.night:
+        picture = (picture * _MOONLIGHT).astype(np.uint8)
     t = np.arange(num_frames, dtype=np.float64)
     x, y = _motion(clip.class_name, num_frames, chance)(t)
     drift, phase = chance.uniform(0.5, 2, 2), chance.uniform(0, 6, 2)
@@ -249,41 +250,32 @@ def _render(clip: DemoClip, landscape: _Landscape, seed: int) -> Iterator[np.nda
         shift = _MARGIN + drift * np.sin(frame / 12 + phase)
         matrix = np.array([[1, 0, -shift[0]], [0, 1, -shift[1]]]) * _OVERSAMPLED
         matrix[:, :2] /= _OVERSAMPLED
-        canvas = cv2.warpAffine(
-            landscape.picture, matrix, (SIDE * _OVERSAMPLED,) * 2, flags=cv2.INTER_LINEAR
-        )
-        _draw_actor(canvas, clip, (x[frame], y[frame]), size, landscape.actor_hue)
+        canvas = cv2.warpAffine(picture, matrix, (SIDE * _OVERSAMPLED,) * 2, flags=cv2.INTER_LINEAR)
+        _draw_actor(canvas, clip.actor, (x[frame], y[frame]), size, landscape.actor_hue)
         yield cv2.resize(canvas, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
 
 
 def _draw_actor(
-    canvas: np.ndarray, clip: DemoClip, centre: tuple[float, float], size: float, hue: float
+    canvas: np.ndarray, shape: str, centre: tuple[float, float], size: float, hue: float
 ) -> None:
-    """Draws a ball or a five-pointed star with two eyes, plain or with upright stripes."""
-    light, dark = _colour(hue, 0.3, 1.0), _colour(hue, 0.7, 0.22)
+    """Draws a ball or a five-pointed star with two eyes."""
+    body, edge = _colour(hue, 0.45, 1.0), _colour(hue, 0.7, 0.22)
     bits = 4  # OpenCV's way to place things between pixels
     unit = _OVERSAMPLED * 2**bits
     angles = np.arange(10) * np.pi / 5 - np.pi / 2
     radii = np.where(np.arange(10) % 2, 0.5, 1.2)
-    mask = np.zeros(canvas.shape[:2], np.uint8)
-    for scale, colour in ((1.0, dark), (0.85, light)):
-        if clip.actor == "ball":
+    for scale, colour in ((1.0, edge), (0.85, body)):
+        if shape == "ball":
             at = tuple(int(round(c * unit)) for c in centre)
-            for picture, value in ((canvas, colour), (mask, 255 * (scale < 1))):
-                cv2.circle(picture, at, round(size * scale * unit), value, -1, cv2.LINE_AA, bits)
+            cv2.circle(canvas, at, round(size * scale * unit), colour, -1, cv2.LINE_AA, bits)
         else:
             points = np.stack([np.cos(angles), np.sin(angles)], 1) * radii[:, None] * size * scale
             corners = np.rint((points + centre) * unit).astype(np.int32)
-            for picture, value in ((canvas, colour), (mask, 255 * (scale < 1))):
-                cv2.fillPoly(picture, [corners], value, cv2.LINE_AA, bits)
-    if clip.pattern == "striped":
-        across = (np.arange(canvas.shape[1]) / _OVERSAMPLED - centre[0]) / size
-        stripes = np.cos(across * 3 * np.pi) < 0  # three dark stripes on the width of a ball
-        canvas[(mask > 127) & stripes[None, :]] = dark
+            cv2.fillPoly(canvas, [corners], colour, cv2.LINE_AA, bits)
     for side in (-1, 1):
         eye = (centre[0] + side * size * 0.22, centre[1] - size * 0.1)
         place = tuple(int(round(c * unit)) for c in eye)
-        cv2.circle(canvas, place, round(size * 0.13 * unit), dark, -1, cv2.LINE_AA, bits)
+        cv2.circle(canvas, place, round(size * 0.13 * unit), edge, -1, cv2.LINE_AA, bits)
 
 
 def _encode(path: Path, frames: Iterator[np.ndarray]) -> None:

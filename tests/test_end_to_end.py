@@ -43,10 +43,10 @@ def place(tmp_path_factory):
         patch.setattr(demo, "CLIPS_PER_GROUP", 1)
         demo.generate(place / "videos", seed=0)
     (place / "videos" / demo._MARKER).unlink()
-    bad = place / "videos" / "plain_bobs"
+    bad = place / "videos" / "bobs_by_day"
     (bad / "no video_g02_c09.avi").write_text("just text")
     (bad / "empty_g02_c09.mp4").touch()
-    whole = (bad / "plain_bobs_g03_c01.avi").read_bytes()
+    whole = (bad / "bobs_by_day_g03_c01.avi").read_bytes()
     (bad / "cut ä_g03_c09.avi").write_bytes(whole[: len(whole) * 6 // 10])
     return place
 
@@ -134,10 +134,10 @@ def test_the_results_say_all_that_a_number_needs(place, killed):
 def test_bad_files_are_told_and_counted(place, killed):
     results = _results(place, "killed")
     told = {row["video_id"]: row["reason"] for row in results["excluded"]}
-    assert told["plain_bobs/no video_g02_c09.avi"] == "not a video: text"
-    assert told["plain_bobs/empty_g02_c09.mp4"] == "empty file"
+    assert told["bobs_by_day/no video_g02_c09.avi"] == "not a video: text"
+    assert told["bobs_by_day/empty_g02_c09.mp4"] == "empty file"
     cut = {r["video_id"]: r["reason"] for r in (*results["excluded"], *results["faults"])}
-    assert "before its time" in cut["plain_bobs/cut ä_g03_c09.avi"]
+    assert "before its time" in cut["bobs_by_day/cut ä_g03_c09.avi"]
     for video_id in cut:
         assert video_id in killed
     used = sum(results["data"]["counts"].values())
@@ -166,7 +166,7 @@ def test_evaluation_repeats_the_results_to_the_last_digit(place, killed):
 def test_prediction_agrees_with_the_scores_and_names_bad_files(place, killed):
     with open(place / "killed" / "scores.csv", newline="", encoding="utf-8") as file:
         row = next(csv.DictReader(file))
-    good, bad = place / "videos" / row["video_id"], place / "videos/plain_bobs/empty_g02_c09.mp4"
+    good, bad = place / "videos" / row["video_id"], place / "videos/bobs_by_day/empty_g02_c09.mp4"
     done = subprocess.run(
         [sys.executable, "experiments/predict.py", f"--workdir={place}/killed", "--top=8",
          str(bad), str(good)],
