@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from configs import ucf101
 from stf_jax import main
 from stf_jax.run import Run, Settings
 
@@ -41,23 +42,30 @@ def test_a_typo_ends_in_one_line_that_names_it(arguments, said):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("changes", "said"),
     [
-        (["--config.data.root=nowhere"], "nowhere is not there"),
-        (["--config.data.split=7"], "data.split: got 7"),
-        (["--config.records.flow_algorithm=brox"], "choose one of: dis, tvl1, farneback"),
-        (["--config.model.mst.spatial=(2,3,5)"], "mst.spatial"),
-        (["--config.stages.first.schedule=sine"], "sine"),
-        (["--config.inputs.crop_size=8"], "inputs.crop_size"),
+        ({"data.root": "nowhere"}, "nowhere is not there"),
+        ({"data.split": 7}, "data.split: got 7"),
+        ({"records.flow_algorithm": "brox"}, "choose one of: dis, tvl1, farneback"),
+        ({"model.mst.spatial": (2, 3, 5)}, "mst.spatial"),
+        ({"stages.first.schedule": "sine"}, "sine"),
+        ({"inputs.crop_size": 8}, "inputs.crop_size"),
+        ({"inputs.crop_size": 96}, "records.size is only 80 px"),
+        ({"sampling.num_frames": 20}, "20 frames do not divide"),
     ],
 )
-def test_an_impossible_value_ends_before_any_work(arguments, said, tmp_path):
-    done = _main(
-        "--config=configs/ucf101.py:laptop", f"--workdir={tmp_path}/run", "--config.allow_cpu=true",
-        *arguments,
-    )  # fmt: skip
+def test_an_impossible_value_ends_before_any_work(changes, said, tmp_path):
+    config = ucf101.get_config("laptop")
+    config.update_from_flattened_dict(changes | {"allow_cpu": True})
+    with pytest.raises((ValueError, OSError), match=said):
+        main.run_experiment(config, tmp_path / "run", "configs/ucf101.py:laptop", {})
+
+
+def test_a_failure_ends_in_one_message_and_exit_code(tmp_path):
+    done = _main("--config=configs/folder.py:laptop", f"--workdir={tmp_path}/run",
+                 "--config.data.root=nowhere", "--config.allow_cpu=true")  # fmt: skip
     assert done.returncode == 1
-    assert said in done.stderr and "Traceback" not in done.stderr
+    assert "error: nowhere is not there" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_default_workdirs_tell_presets_apart():
