@@ -2,6 +2,7 @@
 # make test   the whole test suite
 # make check  lint, formatting and types
 # make install EXTRAS=cuda12   the GPU build of JAX instead of the CPU one
+# make install EXTRAS=bench    PyTorch too, for experiments/bench and the tests against it
 #
 # Each target does all the set-up it needs. A second call starts in seconds.
 
