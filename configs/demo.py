@@ -19,6 +19,8 @@ def get_config() -> ConfigDict:
     config.batch_size = 4
     config.checkpoint_every_steps = 40  # besides the end of every epoch
     config.allow_cpu = True  # small enough for any CPU
+    # Devices share the clips of a batch; of these, so many also share the largest matrices.
+    config.model_devices = 1
     config.pretrained = "none"  # VGG's weights do not fit one eighth of its width
 
     config.data = {
@@ -54,7 +56,9 @@ def get_config() -> ConfigDict:
     }
     config.model = {
         "width": 8,
-        "streams": "both",
+        "streams": "both",  # 'rgb', 'flow', 'late' (two networks, mean of their probabilities)
+        "precision": "float32",  # 'bfloat16': half the memory, for GPUs
+        "remat": {"spatial": "none", "temporal": "none"},  # convolutions, blocks, all
         "norm": "none",
         "norm_groups": 8,
         "mst": {"spatial": (1, 3, 5), "temporal": (3, 3, 5), "width": 64},

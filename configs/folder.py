@@ -24,6 +24,8 @@ def get_config(presets: str = "") -> ConfigDict:
     config.batch_size = 8  # clips per step (SPEC 8.6; the paper's is not stated)
     config.checkpoint_every_steps = 200  # besides the end of every epoch
     config.allow_cpu = False  # True: run on the CPU of a machine that has a GPU
+    # Devices share the clips of a batch; of these, so many also share the largest matrices.
+    config.model_devices = 1
     # Where the first stage starts: 'keras' (ImageNet, downloaded once), a .h5 file, or 'none'.
     config.pretrained = "keras"
 
@@ -60,7 +62,9 @@ def get_config(presets: str = "") -> ConfigDict:
     }
     config.model = {
         "width": 64,
-        "streams": "both",
+        "streams": "both",  # 'rgb', 'flow', 'late' (two networks, mean of their probabilities)
+        "precision": "float32",  # 'bfloat16': half the memory, for GPUs
+        "remat": {"spatial": "none", "temporal": "none"},  # convolutions, blocks, all
         "norm": "none",
         "norm_groups": 8,
         "mst": {"spatial": (1, 3, 5), "temporal": (3, 3, 5), "width": 512},

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from absl import app, flags
 
+from stf_jax import host
+
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
 _SUBSET = flags.DEFINE_enum("subset", "test", ["train", "validation", "test"], "What to score.")
 _SCORES = flags.DEFINE_string("scores", None, "Where to write the per-video scores (CSV).")
@@ -47,4 +49,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    host.use_huge_pages()
     app.run(main)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from absl import app, flags
 
+from stf_jax import host
+
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
 _TOP = flags.DEFINE_integer("top", 5, "Classes to print per file.", lower_bound=1)
 
@@ -41,4 +43,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    host.use_huge_pages()
     app.run(main)

@@ -10,14 +10,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from stf_jax.model import Params
 from stf_jax.optim import parameter_path
 from stf_jax.vgg import find_vgg16, port_vgg16, read_vgg16
 
 # Orbax reports every internal timing, and JAX every kind of device that is not there.
 for _chatty in ("absl", "jax"):
     logging.getLogger(_chatty).setLevel(logging.WARNING)
-
-Params = Mapping[str, Any]
 
 
 class Checkpoints:
@@ -91,8 +90,7 @@ class Checkpoints:
                 record=ocp.args.JsonRestore(),
             ),
         )
-        # Where arrays lie decides which compiled program fits them: always on the first device.
-        return step, jax.device_put(restored["tree"], jax.devices()[0]), restored["record"]
+        return step, restored["tree"], restored["record"]
 
     def close(self) -> None:
         """Ends the manager's threads."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from stf_jax import prepare, progress
@@ -17,15 +18,16 @@ from stf_jax.checkpoint import Params
 from stf_jax.datasets import ClipEntry, VideoIndex
 from stf_jax.inputs import Batch, InputSettings, flow_to_pixels, network_input
 from stf_jax.metrics import Figures, summarise
-from stf_jax.model import ActionNetwork
+from stf_jax.model import Network, fold_pyramid
+from stf_jax.parallel import COMPILER_OPTIONS, divide, place
 from stf_jax.pipeline import batches, steps_per_epoch
 from stf_jax.records import Records
 from stf_jax.run import Run, Settings, usable_entries
 
 
-@functools.partial(jax.jit, static_argnames=("model", "inputs"))
+@functools.partial(jax.jit, static_argnames=("model", "inputs"), compiler_options=COMPILER_OPTIONS)
 def score_batch(
-    params: Params, batch: Batch, *, model: ActionNetwork, inputs: InputSettings
+    params: Params, batch: Batch, *, model: Network, inputs: InputSettings
 ) -> Float[Array, "b k"]:
     """Class probabilities of each clip of a batch."""
     rgb, flow = network_input(batch, inputs, train=False)
@@ -51,11 +53,12 @@ class Scores:
 
 
 def evaluate(
-    model: ActionNetwork,
+    model: Network,
     params: Params,
     inputs: InputSettings,
     stream: Iterable[Batch],
     entries: Sequence[ClipEntry],
+    mesh: Mesh,
 ) -> Scores:
     """Scores every video of a stream exactly once.
 
@@ -65,6 +68,7 @@ def evaluate(
       inputs: how clips become network input.
       stream: batches; masked rows are left out.
       entries: what `Batch.entry` points into.
+      mesh: the devices that batches are divided among.
 
     Returns:
       The scores, independent of batch size and order.
@@ -74,7 +78,8 @@ def evaluate(
     """
     rows: dict[int, np.ndarray] = {}
     for batch in stream:
-        scores = np.asarray(score_batch(params, batch, model=model, inputs=inputs))
+        divided = divide(batch, mesh)
+        scores = np.asarray(score_batch(params, divided, model=model, inputs=inputs))
         for entry, row in zip(batch.entry[batch.mask].tolist(), scores[batch.mask], strict=True):
             if entry in rows:
                 raise ValueError(f"{entries[entry].video_id} came twice in one evaluation")
@@ -106,8 +111,9 @@ def evaluate_subset(
     if show_progress:
         steps = steps_per_epoch(len(entries), size)
         stream = progress.bar(stream, total=steps, description=f"score {subset}", unit="batch")
-    model = settings.model(len(index.class_names))
-    return evaluate(model, params, settings.inputs, stream, entries)
+    model, params = fold_pyramid(settings.model(len(index.class_names)), params)
+    params = place(params, settings.mesh)
+    return evaluate(model, params, settings.inputs, stream, entries, settings.mesh)
 
 
 def score_run(

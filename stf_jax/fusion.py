@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange, reduce
+from einops import rearrange
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -65,12 +65,14 @@ class Fusion(nn.Module):
     Attributes:
       settings: the convolution.
       norm_groups: as in `Convolution`.
+      dtype: as in `Convolution`.
 
     Source: paper, section 3.3; SPEC 5. Differs: no.
     """
 
     settings: FusionSettings
     norm_groups: int
+    dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(self, *maps: Float[Array, "b t h w _c"]) -> Float[Array, "b t hh ww d"]:
@@ -90,6 +92,7 @@ class Fusion(nn.Module):
             relu=settings.relu,
             stride=2 if settings.pool5 == "stride" else 1,
             kernel_init=HE_NORMAL if he else blurred_sum,
+            dtype=self.dtype,
             name="conv",
         )(x)
         if settings.pool5 in ("after", "average"):
@@ -199,8 +202,16 @@ def temporal_pyramid(
                 f"{features.shape[1]} frames cannot be divided into {bins} equal bins of a "
                 "temporal pyramid"
             )
-    maps = [reduce(features, "b (n t) h w c -> b n h w c", psi, n=bins) for bins in levels]
+    bins_of = [rearrange(features, "b (n t) h w c -> b n t h w c", n=bins) for bins in levels]
+    maps = [x.mean(axis=2) if psi == "mean" else _largest(x) for x in bins_of]
     return jnp.concatenate(maps, axis=1)
+
+
+def _largest(x: Float[Array, "b n t h w c"]) -> Float[Array, "b n h w c"]:
+    """The maximum over t, chosen by its place, which its gradient goes to (see `pool2x2`)."""
+    place = jax.lax.argmax(x, 2, jnp.int32)[:, :, None]
+    chosen = place == jnp.arange(x.shape[2]).reshape(1, 1, -1, 1, 1, 1)
+    return jnp.where(chosen, x, jnp.zeros((), x.dtype)).sum(axis=2)
 
 
 def segment_vectors(

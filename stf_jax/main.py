@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
+from stf_jax import host
+
 if TYPE_CHECKING:
     from stf_jax.datasets import VideoIndex
     from stf_jax.records import Records
@@ -33,6 +35,13 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run; default runs/<name of the card>[-<preset>]."
+)
+
+_INSPECT = flags.DEFINE_bool(
+    "inspect",
+    False,
+    "Print the layers with their cost, the memory of a training step and the origin of every "
+    "weight; needs no data and does no work.",
 )
 
 
@@ -51,10 +60,12 @@ def run_experiment(
       The results, as in `results.json`.
     """
     from stf_jax import prepare, progress
+    from stf_jax.parallel import check_batch
     from stf_jax.run import Run, Settings
 
     settings = Settings.of(config)
     _check_devices(config.allow_cpu)
+    check_batch(config.batch_size, settings.mesh)
     run = Run(workdir)
     with prepare.locked(workdir):
         run.claim(config)
@@ -226,6 +237,11 @@ def main(argv: Sequence[str]) -> None:
     workdir = Path(_WORKDIR.value or default_workdir(config_file))
     changes = config_flags.get_override_values(flags.FLAGS["config"])
     try:
+        if _INSPECT.value:
+            from stf_jax.cost import inspection
+
+            print(inspection(_CONFIG.value))
+            return
         run_experiment(_CONFIG.value, workdir, config_file, changes)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
@@ -282,6 +298,7 @@ def _nearest_keys(unknown: str, argv: Sequence[str]) -> str:
 
 def cli() -> None:
     """The entry point."""
+    host.use_huge_pages()
     app.run(main, flags_parser=_parse)
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -14,29 +14,27 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 def cross_entropy(
-    logits: Float[Array, "b k"],
-    features: Mapping[str, Array],
-    label: Int[Array, " b"],
-    *,
-    every_step: bool,
+    scores: Sequence[Float[Array, "b k"] | Float[Array, "b s k"]], label: Int[Array, " b"]
 ) -> Float[Array, " b"]:
     """The loss of each clip, in nats (SPEC 8.1).
 
     Args:
-      logits: scores of the clip.
-      features: the network's intermediates; `step_logits` `b s k` is read if `every_step`.
+      scores: logits. Those of every recurrent step count as the mean of their losses
+        (`head.pool` = 'per_step_loss', SPEC 7.8); those of several networks add up.
       label: true classes.
-      every_step: mean of the losses of the recurrent steps instead of the loss of the mean score
-        (`head.pool` = 'per_step_loss', SPEC 7.8).
 
     Returns:
-      float32 `b`.
+      `b`, at least in float32.
     """
-    if every_step:
-        steps = features["step_logits"].astype(jnp.float32)
-        labels = jnp.broadcast_to(label[:, None], steps.shape[:2])
-        return optax.softmax_cross_entropy_with_integer_labels(steps, labels).mean(axis=1)
-    return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), label)
+
+    def loss(logits: Array) -> Array:
+        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        if logits.ndim == 2:
+            return optax.softmax_cross_entropy_with_integer_labels(logits, label)
+        labels = jnp.broadcast_to(label[:, None], logits.shape[:2])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(axis=1)
+
+    return sum((loss(logits) for logits in scores[1:]), loss(scores[0]))
 
 
 @flax.struct.dataclass

@@ -2,14 +2,17 @@
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Mapping
 from typing import Any, TypeAlias, TypeVar
 
 import chex  # type: ignore[import-untyped]
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from stf_jax.fusion import Fusion, FusionSettings, TPNSettings, segment_vectors
@@ -20,13 +23,16 @@ from stf_jax.streams import (
     SpatialStream,
     TemporalSettings,
     TemporalStream,
+    take_views,
 )
-from stf_jax.vgg import check_choice, check_setting, is_count
+from stf_jax.vgg import BLOCK, CONVOLUTION, check_choice, check_setting, is_count
 
 # The `model` part of a configuration, at the paper's size (SPEC section 15).
 PAPER_MODEL: Mapping[str, Any] = {
     "width": 64,
     "streams": "both",
+    "precision": "float32",
+    "remat": {"spatial": "none", "temporal": "none"},
     "norm": "none",
     "norm_groups": 8,
     "mst": {"spatial": (1, 3, 5), "temporal": (3, 3, 5), "width": 512},
@@ -56,6 +62,45 @@ PAPER_MODEL: Mapping[str, Any] = {
     "head": {"combine": "project", "pool": "mean_logits"},
     "drop": {"input": 0.5, "output": 0.25, "semantics": "drop"},
 }
+
+
+_REMAT = {
+    "none": None,
+    "convolutions": jax.checkpoint_policies.save_only_these_names(CONVOLUTION, BLOCK),
+    "blocks": jax.checkpoint_policies.save_only_these_names(BLOCK),
+    "all": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RematSettings:
+    """What the backward pass computes again instead of reading it from memory, per stream.
+
+    'none' keeps what each operation needs. 'convolutions' keeps the outputs of convolutions,
+    before normalisation and ReLU; 'blocks' those of VGG's blocks and of the 3-D layers; 'all'
+    computes 'all' of the stream again. The results are the same.
+
+    Args:
+      spatial: of the spatial stream.
+      temporal: of the temporal stream.
+
+    Raises:
+      ValueError: an unknown word (names it).
+    """
+
+    spatial: str
+    temporal: str
+
+    def __post_init__(self) -> None:
+        """Checks the words."""
+        for key in ("spatial", "temporal"):
+            check_choice(f"remat.{key}", getattr(self, key), tuple(_REMAT))
+
+
+@functools.cache
+def _remat(module: type[nn.Module], how: str) -> Any:
+    """The class of a stream that forgets; cached, because equal networks need equal classes."""
+    return module if how == "none" else nn.remat(module, policy=_REMAT[how])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,27 +229,47 @@ class ActionNetwork(nn.Module):
     recurrent: BiLSTM
     head: Head
 
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """The features that the loss reads."""
+        return ("step_logits",) if self.head.pool == "per_step_loss" else ("logits",)
+
     @nn.compact
     def __call__(
-        self, rgb: Float[Array, "b t h w 3"], flow: Float[Array, "b t h w c"], *, train: bool
-    ) -> tuple[Float[Array, "b k"], dict[str, Array]]:
+        self,
+        rgb: Float[Array, "b n h w 3"],
+        flow: Float[Array, "b n h w c"],
+        *,
+        train: bool,
+        views: Int[Array, "v t"] | None = None,
+    ) -> tuple[Float[Array, "bv k"], dict[str, Array]]:
         """Classifies clips.
 
         Args:
-          rgb: float32 `b t h w 3`, normalised colour.
-          flow: float32 `b t h w c`, normalised flow; the fields of a frame are its channels.
+          rgb: float32 `b n h w 3`, normalised colour.
+          flow: float32 `b n h w c`, normalised flow; the fields of a frame are its channels.
           train: dropout on (needs the rng 'dropout').
+          views: which of the n frames make up each of v clips, int32 `v t`: clips that share
+            frames share the 2-D layers' work on them. None is one clip of all frames, as they
+            come. Only without normalisation, whose statistics are those of a whole clip.
 
         Returns:
           float32 logits `b k`, and every named intermediate: 'rgb_block1' to 'rgb_block5',
           'flow_block1' to 'flow_block4', 'flow_mst1', 'flow_conv3d1', 'flow_mst2', 'flow_conv3d2'
           and 'rgb_map', 'flow_map' `b t h w c`, 'fused' `b t h w c`, 'pyramid' `b s d`, 'states'
-          `b s n d` (n directions, before dropout), 'step_logits' `b s k`, 'logits' `b k`.
+          `b s n d` (n directions, before dropout), 'step_logits' `b s k`, 'logits' `b k`. With
+          `views` b is `(b v)` from the first 3-D layers on.
 
         Raises:
-          ValueError: frames below 32 px, or a number of frames that the windows do not fit.
+          ValueError: frames below 32 px, a number of frames that the windows do not fit, or views
+            of a network with normalisation.
         """
         chex.assert_equal_shape_prefix([rgb, flow], 4)
+        if views is not None and self.fusion.norm_groups:
+            raise ValueError(
+                "views share frames only where a frame's features depend on that frame alone: not "
+                "with model.norm 'group'. Score the clips one by one."
+            )
         if min(rgb.shape[2:4]) < 32:
             raise ValueError(
                 f"frames of {rgb.shape[2]}x{rgb.shape[3]} px are too small: five poolings halve "
@@ -215,10 +280,11 @@ class ActionNetwork(nn.Module):
         if self.spatial is not None:
             blocks = self.spatial(rgb)
             features |= {f"rgb_{name}": block for name, block in blocks.items()}
-            features["rgb_map"] = blocks["block5"]
-            maps.append(blocks["block5"])
+            last = blocks["block5"]
+            features["rgb_map"] = last if views is None else take_views(last, views)
+            maps.append(features["rgb_map"])
         if self.temporal is not None:
-            blocks = self.temporal(flow)
+            blocks = self.temporal(flow, views)
             features |= {f"flow_{name}": block for name, block in blocks.items()}
             features["flow_map"] = blocks["conv3d2"]
             maps.append(blocks["conv3d2"])
@@ -235,12 +301,60 @@ class ActionNetwork(nn.Module):
         return features["logits"], features
 
 
+class LateFusion(nn.Module):
+    """Two networks, one per stream, whose class probabilities are averaged.
+
+    Each has a loss of its own, so they are trained as if apart: what fusing maps is compared with.
+
+    Attributes:
+      rgb: the network of the spatial stream.
+      flow: the network of the temporal stream.
+
+    Source: the two-stream original (averaging); the paper fuses maps instead.
+    """
+
+    rgb: ActionNetwork
+    flow: ActionNetwork
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """The features that the loss reads: one of each network."""
+        return tuple(f"rgb_{name}" for name in self.rgb.scored) + tuple(
+            f"flow_{name}" for name in self.flow.scored
+        )
+
+    @nn.compact
+    def __call__(
+        self,
+        rgb: Float[Array, "b n h w 3"],
+        flow: Float[Array, "b n h w c"],
+        *,
+        train: bool,
+        views: Int[Array, "v t"] | None = None,
+    ) -> tuple[Float[Array, "bv k"], dict[str, Array]]:
+        """As `ActionNetwork`; the logits are log-probabilities.
+
+        'fused', 'pyramid', 'states', 'step_logits' and 'logits' come twice, with 'rgb_' and 'flow_'
+        before their names.
+        """
+        features: dict[str, Array] = {}
+        for name, network in (("rgb", self.rgb), ("flow", self.flow)):
+            got = network(rgb, flow, train=train, views=views)[1]
+            features |= {k if k.startswith(name) else f"{name}_{k}": v for k, v in got.items()}
+        scores = jnp.stack([features["rgb_logits"], features["flow_logits"]])
+        features["logits"] = nn.logsumexp(nn.log_softmax(scores), axis=0) - jnp.log(2.0)
+        return features["logits"], features
+
+
+Network: TypeAlias = ActionNetwork | LateFusion
+Params: TypeAlias = Mapping[str, Any]
+
 # A ConfigDict is no Mapping, though it acts as one.
 Config: TypeAlias = Mapping[str, Any] | ConfigDict
 Section = TypeVar("Section")
 
 
-def build_model(config: Config, num_classes: int) -> ActionNetwork:
+def build_model(config: Config, num_classes: int) -> Network:
     """Makes the network that a configuration describes.
 
     Args:
@@ -249,7 +363,8 @@ def build_model(config: Config, num_classes: int) -> ActionNetwork:
       num_classes: classes.
 
     Returns:
-      The network; equal configurations give equal networks, so that one compiled step serves both.
+      The network, an `ActionNetwork` or, with streams 'late', two; equal configurations give equal
+      networks, so that one compiled step serves both.
 
     Raises:
       ValueError: an unknown or missing key, an impossible value, or values that do not go together
@@ -261,7 +376,8 @@ def build_model(config: Config, num_classes: int) -> ActionNetwork:
     """
     _check_keys("", config, list(PAPER_MODEL))
     check_setting(is_count(config["width"]), "width", config["width"], "an integer from 1 on")
-    check_choice("streams", config["streams"], ("both", "rgb", "flow"))
+    check_choice("streams", config["streams"], ("both", "rgb", "flow", "late"))
+    check_choice("precision", config["precision"], ("float32", "bfloat16"))
     check_choice("norm", config["norm"], ("none", "group"))
     groups = config["norm_groups"]
     check_setting(is_count(groups), "norm_groups", groups, "an integer from 1 on")
@@ -271,6 +387,7 @@ def build_model(config: Config, num_classes: int) -> ActionNetwork:
     fusion = _section(FusionSettings, "fusion", config)
     lstm = _section(LSTMSettings, "lstm", config)
     head = _section(HeadSettings, "head", config)
+    remat = _section(RematSettings, "remat", config)
     _check_combination(config, conv3d, temporal, fusion)
     check_setting(
         head.combine == "project" or lstm.hidden == num_classes,
@@ -278,19 +395,28 @@ def build_model(config: Config, num_classes: int) -> ActionNetwork:
         head.combine,
         f"'project', or lstm.hidden ({lstm.hidden}) equal to the number of classes ({num_classes})",
     )
-    width, streams = config["width"], config["streams"]
-    norm_groups = groups if config["norm"] == "group" else 0
-    return ActionNetwork(
-        spatial=SpatialStream(width, norm_groups) if streams != "flow" else None,
-        temporal=(
-            TemporalStream(width, mst, conv3d, temporal, norm_groups) if streams != "rgb" else None
-        ),
-        fusion=Fusion(fusion, norm_groups),
-        tpn=_section(TPNSettings, "tpn", config),
-        drop=_section(DropSettings, "drop", config),
-        recurrent=BiLSTM(lstm),
-        head=Head(num_classes, head.combine, head.pool),
-    )
+    width, norm_groups = config["width"], groups if config["norm"] == "group" else 0
+    dtype = jnp.bfloat16 if config["precision"] == "bfloat16" else None
+    tpn, drop = _section(TPNSettings, "tpn", config), _section(DropSettings, "drop", config)
+    spatial = functools.partial(_remat(SpatialStream, remat.spatial), width, norm_groups, dtype)
+    stream = _remat(TemporalStream, remat.temporal)
+    flow = functools.partial(stream, width, mst, conv3d, temporal, norm_groups, dtype)
+
+    def network(streams: str) -> ActionNetwork:
+        # Parts are made anew for each network: one part in two networks would share its weights.
+        return ActionNetwork(
+            spatial=spatial() if streams != "flow" else None,
+            temporal=flow() if streams != "rgb" else None,
+            fusion=Fusion(fusion, norm_groups, dtype),
+            tpn=tpn,
+            drop=drop,
+            recurrent=BiLSTM(lstm, dtype),
+            head=Head(num_classes, head.combine, head.pool),
+        )
+
+    if config["streams"] == "late":
+        return LateFusion(rgb=network("rgb"), flow=network("flow"))
+    return network(config["streams"])
 
 
 def _section(settings: type[Section], name: str, config: Config) -> Section:
@@ -333,3 +459,55 @@ def _check_combination(
         temporal.init,
         "'he', 'glorot', 'normal001', or conv3d.mid 'out'",
     )
+
+
+def fold_pyramid(network: Network, params: Params) -> tuple[Network, Params]:
+    """The same classifier with fewer weights, for inference: coarse levels folded into the finest.
+
+    A mean over a coarse bin is the mean of the finest means inside it, so that its weights can be
+    shared out to them beforehand: of the paper's 1 + 2 + 4 maps 4 remain, and of the recurrent
+    layer's input weights four sevenths. Dropout tells the levels apart, so training needs them all.
+
+    Args:
+      network: as `build_model` makes it.
+      params: its parameters.
+
+    Returns:
+      A network without the levels that divide the finest one, and its parameters. With
+      `tpn.psi` = 'max', or nothing to fold, they are those that came.
+
+    Source: SPEC 6.5.
+    """
+    if isinstance(network, LateFusion):
+        folded = {
+            name: fold_pyramid(part, params[name])
+            for name, part in (("rgb", network.rgb), ("flow", network.flow))
+        }
+        networks = {name: part[0] for name, part in folded.items()}
+        return network.clone(**networks), {name: part[1] for name, part in folded.items()}
+    levels = tuple(network.tpn.levels)
+    finest = max(levels)
+    kept = tuple(bins for bins in levels if finest % bins) + (finest,)
+    if network.tpn.psi != "mean" or len(kept) == len(levels):
+        return network, params
+    recurrent = {
+        name: {**direction, "input": {"kernel": _folded(direction["input"]["kernel"], levels)}}
+        for name, direction in params["recurrent"].items()
+    }
+    tpn = dataclasses.replace(network.tpn, levels=kept)
+    return network.clone(tpn=tpn), {**params, "recurrent": recurrent}
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _folded(kernel: Float[Array, "_d e"], levels: tuple[int, ...]) -> Float[Array, "_d2 e"]:
+    """The rows of levels that divide the finest, added to those of the finest."""
+    finest = max(levels)
+    maps = rearrange(kernel, "(n d) e -> n d e", n=sum(levels))
+    kept, total = [], 0.0
+    for bins, start in zip(levels, np.cumsum([0, *levels[:-1]]), strict=True):
+        level = maps[start : start + bins]
+        if finest % bins:
+            kept.append(level)
+        else:
+            total = total + jnp.repeat(level, finest // bins, axis=0) / (finest // bins)
+    return rearrange(jnp.concatenate([*kept, total]), "n d e -> (n d) e")

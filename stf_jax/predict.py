@@ -10,7 +10,7 @@ import tensorflow as tf
 from stf_jax.checkpoint import Params
 from stf_jax.evaluate import score_batch
 from stf_jax.inputs import Batch
-from stf_jax.model import ActionNetwork
+from stf_jax.model import Network, fold_pyramid
 from stf_jax.pipeline import SamplingSettings, decode_clip, evaluation_indices
 from stf_jax.prepare import EncodedVideo, encode_video
 from stf_jax.run import Run, Settings
@@ -47,7 +47,7 @@ class Predictor:
 
     settings: Settings
     class_names: tuple[str, ...]
-    model: ActionNetwork
+    model: Network
     params: Params
 
     @classmethod
@@ -64,7 +64,7 @@ class Predictor:
         checkpoints = run.best(settings.evaluated_stage)
         _, params, _ = checkpoints.restore(settings.abstract_params(len(class_names)))
         checkpoints.close()
-        return cls(settings, class_names, model, params)
+        return cls(settings, class_names, *fold_pyramid(model, params))
 
     def predict(self, path: Path) -> np.ndarray:
         """Class probabilities of a video file, float32 `k`.

@@ -5,6 +5,7 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from stf_jax.vgg import check_choice, check_setting, is_count
@@ -129,28 +130,41 @@ class LSTMCell(nn.Module):
         return Normalisation(self.settings.ln_axis, name=name)(x)
 
 
+class _Product(nn.Module):
+    """x W, summed in the type of W whatever the factors are rounded to."""
+
+    features: int
+    dtype: DTypeLike | None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s e"]:
+        init = nn.initializers.glorot_uniform()
+        kernel = self.param("kernel", init, (x.shape[-1], self.features))
+        dtype = x.dtype if self.dtype is None else self.dtype
+        factors = x.astype(dtype), kernel.astype(dtype)
+        return jnp.einsum("bsd,de->bse", *factors, preferred_element_type=kernel.dtype)
+
+
 class LSTM(nn.Module):
     """An LSTM over the steps of a sequence, from zero states.
 
     Attributes:
       settings: the cell's.
       reverse: from the last step to the first; outputs stay at their steps.
+      dtype: of the factors of the input product, such as bfloat16; None is that of the input. Its
+        sums, the cell and the states have the parameters' type.
     """
 
     settings: LSTMSettings
     reverse: bool
+    dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s hidden"]:
         """Returns h at every step."""
         hidden = self.settings.hidden
         # One matrix product for all steps: nearly all the layer's work is here.
-        projected = nn.Dense(
-            4 * hidden,
-            use_bias=False,
-            kernel_init=nn.initializers.glorot_uniform(),
-            name="input",
-        )(x)
+        projected = _Product(4 * hidden, self.dtype, name="input")(x)
         if self.reverse:
             projected = projected[:, ::-1]
         scan = nn.scan(
@@ -160,7 +174,7 @@ class LSTM(nn.Module):
             in_axes=1,
             out_axes=1,
         )
-        zeros = jnp.zeros((x.shape[0], hidden), x.dtype)
+        zeros = jnp.zeros((x.shape[0], hidden), projected.dtype)
         _, states = scan(self.settings, name="cell")((zeros, zeros), projected)
         return states[:, ::-1] if self.reverse else states
 
@@ -170,16 +184,18 @@ class BiLSTM(nn.Module):
 
     Attributes:
       settings: of both; `bidirectional` says whether there is a second one.
+      dtype: as in `LSTM`.
 
     Source: paper, section 3.4; SPEC 7.6. Differs: no.
     """
 
     settings: LSTMSettings
+    dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s n hidden"]:
         """Returns h of every step and direction, forward first."""
-        directions = [LSTM(self.settings, reverse=False, name="forward")(x)]
+        directions = [LSTM(self.settings, False, self.dtype, name="forward")(x)]
         if self.settings.bidirectional:
-            directions.append(LSTM(self.settings, reverse=True, name="backward")(x))
+            directions.append(LSTM(self.settings, True, self.dtype, name="backward")(x))
         return jnp.stack(directions, axis=2)

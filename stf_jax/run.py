@@ -10,20 +10,29 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+from jax.sharding import Mesh
 
 from stf_jax import prepare
 from stf_jax.checkpoint import Checkpoints, Params
 from stf_jax.datasets import ClipEntry, VideoIndex
 from stf_jax.inputs import InputSettings
-from stf_jax.model import ActionNetwork, build_model
+from stf_jax.model import Network, build_model
 from stf_jax.optim import OptimizerSettings, StageSettings
+from stf_jax.parallel import make_mesh
 from stf_jax.pipeline import SamplingSettings
 from stf_jax.prepare import RecordSettings
 from stf_jax.records import Records
 
 # Settings that say where things are or how fast they go, never what comes out: a run may be
 # continued with others.
-_FREE = ("data.root", "records.root", "records.workers", "records.timeout", "allow_cpu")
+_FREE = (
+    "data.root",
+    "records.root",
+    "records.workers",
+    "records.timeout",
+    "allow_cpu",
+    "model_devices",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +76,16 @@ class Settings:
         )
 
     @property
+    def mesh(self) -> Mesh:
+        """The devices, and how work is divided among them."""
+        return make_mesh(self.config.model_devices)
+
+    @property
     def evaluated_stage(self) -> str:
         """The stage whose best weights are the run's result: the last."""
         return self.config.stage_order[-1]
 
-    def model(self, num_classes: int) -> ActionNetwork:
+    def model(self, num_classes: int) -> Network:
         """The network for a number of classes."""
         return build_model(self.config.model, num_classes)
 
@@ -80,7 +94,7 @@ class Settings:
         shape = (batch, self.sampling.num_frames, self.inputs.crop_size, self.inputs.crop_size)
         return (*shape, 3), (*shape, 2 * self.sampling.flow_frames)
 
-    def initial_params(self, model: ActionNetwork) -> Params:
+    def initial_params(self, model: Network) -> Params:
         """Random parameters, from the run's seed."""
         rgb, flow = self.clip_shapes(1)
         return _compiled_init(jax.random.key(self.config.seed), model=model, rgb=rgb, flow=flow)
@@ -92,9 +106,7 @@ class Settings:
         return jax.eval_shape(init, jax.random.key(0))
 
 
-def _init(
-    key: jax.Array, *, model: ActionNetwork, rgb: tuple[int, ...], flow: tuple[int, ...]
-) -> Params:
+def _init(key: jax.Array, *, model: Network, rgb: tuple[int, ...], flow: tuple[int, ...]) -> Params:
     return model.init({"params": key}, jnp.zeros(rgb), jnp.zeros(flow), train=False)["params"]
 
 

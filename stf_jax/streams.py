@@ -7,10 +7,13 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from einops import rearrange
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from stf_jax.vgg import (
+    BLOCK,
     HE_NORMAL,
     Convolution,
     check_choice,
@@ -118,17 +121,25 @@ class SpatialStream(nn.Module):
     Attributes:
       width: channels of the first block.
       norm_groups: as in `Convolution`.
+      dtype: as in `Convolution`.
 
     Source: SPEC 3.4 to 3.7. Differs: no.
     """
 
     width: int
     norm_groups: int
+    dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(self, rgb: Float[Array, "b t h w 3"]) -> dict[str, Float[Array, "b t _h _w _c"]]:
         """Returns the output of every block; 'block5' is the map, h and w divided by 16."""
-        return vgg_blocks(rgb, width=self.width, last="block5_conv3", norm_groups=self.norm_groups)
+        return vgg_blocks(
+            rgb,
+            width=self.width,
+            last="block5_conv3",
+            norm_groups=self.norm_groups,
+            dtype=self.dtype,
+        )
 
 
 class Conv3D(nn.Module):
@@ -141,6 +152,7 @@ class Conv3D(nn.Module):
       settings: how it is made.
       init_name: `temporal.init`.
       norm_groups: as in `Convolution`.
+      dtype: as in `Convolution`.
 
     Source: SPEC 4.4 to 4.7; Conv[3x3x3] ~ Conv[3x3x1] + Conv[1x1x3]. Differs: no.
     """
@@ -151,13 +163,17 @@ class Conv3D(nn.Module):
     settings: Conv3DSettings
     init_name: str
     norm_groups: int
+    dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t h w i"]) -> Float[Array, "b t h w o"]:
         """Maps a clip to a clip of the same size."""
         space = (self.spatial, self.spatial)
         make = functools.partial(
-            Convolution, norm_groups=self.norm_groups, kernel_init=kernel_init(self.init_name)
+            Convolution,
+            norm_groups=self.norm_groups,
+            kernel_init=kernel_init(self.init_name),
+            dtype=self.dtype,
         )
         if not self.settings.factorised:
             return make(self.features, (self.temporal, *space), name="full")(x)
@@ -188,6 +204,7 @@ class MST(nn.Module):
       conv3d: how each is made.
       init_name: `temporal.init`.
       norm_groups: as in `Convolution`.
+      dtype: as in `Convolution`.
 
     Source: paper, section 3.2; SPEC 4.8 to 4.10. Differs: no.
     """
@@ -196,6 +213,7 @@ class MST(nn.Module):
     conv3d: Conv3DSettings
     init_name: str
     norm_groups: int
+    dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t h w i"]) -> Float[Array, "b t h w o"]:
@@ -209,6 +227,7 @@ class MST(nn.Module):
                 self.conv3d,
                 self.init_name,
                 self.norm_groups,
+                self.dtype,
                 name=f"branch{number}",
             )(x)
             for number, (spatial, temporal) in enumerate(sizes, start=1)
@@ -225,6 +244,7 @@ class TemporalStream(nn.Module):
       conv3d: the 3-D convolutions.
       settings: pooling and initialisation.
       norm_groups: as in `Convolution`.
+      dtype: as in `Convolution`.
 
     Source: paper, section 3.2; SPEC 4. Differs: no.
     """
@@ -234,32 +254,62 @@ class TemporalStream(nn.Module):
     conv3d: Conv3DSettings
     settings: TemporalSettings
     norm_groups: int
+    dtype: DTypeLike | None = None
 
     @nn.compact
-    def __call__(self, flow: Float[Array, "b t h w c"]) -> dict[str, Float[Array, "b t _h _w _c"]]:
-        """Returns the output of every block and 3-D layer; 'conv3d2' is the map, h, w / 16."""
-        init, groups = self.settings.init, self.norm_groups
+    def __call__(
+        self, flow: Float[Array, "b n h w c"], views: Int[Array, "v t"] | None = None
+    ) -> dict[str, Float[Array, "_b _t _h _w _c"]]:
+        """Maps stacks of flow to the output of every block and 3-D layer.
+
+        Args:
+          flow: float32 `b n h w c`.
+          views: which of the n stacks make up each of v clips (see `ActionNetwork`); None is one
+            clip of all of them, in their order.
+
+        Returns:
+          'block1' to 'block4' of the n stacks, and 'mst1' to 'conv3d2' of the clips, whose batch
+          is `(b v)`; 'conv3d2' is the map, h and w divided by 16.
+        """
+        init, groups, dtype = self.settings.init, self.norm_groups, self.dtype
         outputs = vgg_blocks(
             flow,
             width=self.width,
             last="block4_conv2",
             norm_groups=groups,
+            dtype=dtype,
             first_init=kernel_init("he" if init == "inflate" else init),
         )
-        conv3d = functools.partial(Conv3D, self.conv3d.width, 3, 3, self.conv3d, init, groups)
+        mst = functools.partial(MST, self.mst, self.conv3d, init, groups, dtype)
+        conv3d = functools.partial(
+            Conv3D, self.conv3d.width, 3, 3, self.conv3d, init, groups, dtype
+        )
         layers = {
-            "mst1": MST(self.mst, self.conv3d, init, groups, name="mst1"),
+            "mst1": mst(name="mst1"),
             "conv3d1": conv3d(name="conv3d1"),
-            "mst2": MST(self.mst, self.conv3d, init, groups, name="mst2"),
+            "mst2": mst(name="mst2"),
             "conv3d2": conv3d(name="conv3d2"),
         }
         pooled = {"before_mst1": "mst1", "after_mst1": "conv3d1", "after_3d1": "mst2"}
-        x = outputs["block4"]
+        x = outputs["block4"] if views is None else take_views(outputs["block4"], views)
         for name, layer in layers.items():
             if name == pooled[self.settings.pool4]:
                 x = pool2x2(x)
-            outputs[name] = x = layer(x)
+            outputs[name] = x = checkpoint_name(layer(x), BLOCK)
         return outputs
+
+
+def take_views(
+    frames: Float[Array, "b n h w c"], views: Int[Array, "v t"]
+) -> Float[Array, "bv t h w c"]:
+    """Puts clips together from frames: `(b v) t h w c`, the v clips of a batch row in a row.
+
+    Example:
+      >>> frames = jnp.arange(3.0).reshape(1, 3, 1, 1, 1)
+      >>> take_views(frames, jnp.array([[0, 2], [1, 2]])).reshape(2, 2).tolist()
+      [[0.0, 2.0], [1.0, 2.0]]
+    """
+    return rearrange(frames[:, views], "b v t h w c -> (b v) t h w c")
 
 
 def kernel_init(name: str) -> nn.initializers.Initializer:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from stf_jax import progress
@@ -25,8 +26,9 @@ from stf_jax.datasets import VideoIndex
 from stf_jax.evaluate import evaluate_subset
 from stf_jax.inputs import Batch, InputSettings, network_input
 from stf_jax.metrics import Sums, cross_entropy
-from stf_jax.model import ActionNetwork
+from stf_jax.model import Network
 from stf_jax.optim import OptimizerSettings, learning_rate_fn, make_optimizer
+from stf_jax.parallel import COMPILER_OPTIONS, divide, keep_placed, place
 from stf_jax.pipeline import batches, steps_per_epoch
 from stf_jax.records import Records
 from stf_jax.run import Run, Settings, usable_entries
@@ -59,9 +61,9 @@ class TrainState:
 
 
 def initial_state(params: Params, optimizer: OptimizerSettings) -> TrainState:
-    """The state before the first step of a stage."""
+    """The state before the first step of a stage; `parallel.place` puts it on the devices."""
     opt_state = make_optimizer(optimizer).init(params)
-    return _placed(TrainState(jnp.zeros((), jnp.int32), params, opt_state, Sums.zero()))
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, Sums.zero())
 
 
 def abstract_state(settings: Settings, num_classes: int) -> TrainState:
@@ -70,13 +72,11 @@ def abstract_state(settings: Settings, num_classes: int) -> TrainState:
     return jax.eval_shape(start, settings.abstract_params(num_classes))
 
 
-def _placed(tree: Any) -> Any:
-    """On the first device for good, as restored states are: one compiled step fits all of them."""
-    return jax.device_put(tree, jax.devices()[0])
-
-
 @functools.partial(
-    jax.jit, static_argnames=("model", "inputs", "optimizer"), donate_argnames=("state",)
+    jax.jit,
+    static_argnames=("model", "inputs", "optimizer", "mesh"),
+    donate_argnames=("state",),
+    compiler_options=COMPILER_OPTIONS,
 )
 def train_step(
     state: TrainState,
@@ -84,9 +84,10 @@ def train_step(
     key: Array,
     learning_rate: Array,
     *,
-    model: ActionNetwork,
+    model: Network,
     inputs: InputSettings,
     optimizer: OptimizerSettings,
+    mesh: Mesh,
 ) -> tuple[TrainState, Array]:
     """One update of all parameters together (paper, section 3.5: nothing is frozen).
 
@@ -98,6 +99,7 @@ def train_step(
       model: the network.
       inputs: how clips become network input.
       optimizer: what turns gradients into updates.
+      mesh: the devices that the state lies on and the batch is divided among.
 
     Returns:
       The state after the step, and the mean loss of the batch before it.
@@ -110,8 +112,7 @@ def train_step(
             {"params": params}, rgb, flow, train=True, rngs={"dropout": dropout}
         )
         logits, features = outputs
-        every_step = model.head.pool == "per_step_loss"
-        loss = cross_entropy(logits, features, batch.label, every_step=every_step)
+        loss = cross_entropy([features[name] for name in model.scored], batch.label)
         weight = batch.mask.astype(jnp.float32)
         return (loss * weight).sum() / weight.sum(), (loss, logits)
 
@@ -120,7 +121,7 @@ def train_step(
     updates = jax.tree.map(lambda update: learning_rate * update, updates)
     params = optax.apply_updates(state.params, updates)
     sums = state.sums + Sums.of(loss, logits, batch.label, batch.mask)
-    return TrainState(state.step + 1, params, opt_state, sums), mean
+    return keep_placed(TrainState(state.step + 1, params, opt_state, sums), mesh), mean
 
 
 @dataclasses.dataclass
@@ -217,7 +218,7 @@ def _start(
     if last.latest_step() is not None:
         like = abstract_state(settings, num_classes)
         step, state, record = last.restore(like)
-        memory = StageProgress(**record)
+        state, memory = place(state, settings.mesh), StageProgress(**record)
         progress.say(f"stage '{name}': continuing after step {step} (epoch {memory.epoch + 1})")
         return state, memory
     config = settings.config
@@ -234,7 +235,8 @@ def _start(
     counts = {k: sum(fate.split(" from ")[0] == k for fate in fates.values()) for k in kinds}
     told = ", ".join(f"{count} tensors {kind}" for kind, count in counts.items())
     progress.say(f"stage '{name}': {told} (each in {run.stage_file(name, 'weights.json')})")
-    return initial_state(params, settings.optimizer), StageProgress()
+    state = initial_state(params, settings.optimizer)
+    return place(state, settings.mesh), StageProgress()
 
 
 def _previous_stage(
@@ -310,12 +312,13 @@ class _Loop:
                 step = int(state.step)
                 state, loss = train_step(
                     state,
-                    batch,
+                    divide(batch, self._settings.mesh),
                     self._key,
                     np.float32(self._rate(step)),
                     model=self._model,
                     inputs=self._settings.inputs,
                     optimizer=self._settings.optimizer,
+                    mesh=self._settings.mesh,
                 )
                 self._check_finite(float(loss), step, batch)
                 bar.update()
@@ -352,7 +355,7 @@ class _Loop:
             rows.append(self._row("validation", memory, step, means, figures.num_videos))
         else:
             memory.best_epoch = memory.epoch
-        state = dataclasses.replace(state, sums=_placed(Sums.zero()))
+        state = dataclasses.replace(state, sums=place(Sums.zero(), self._settings.mesh))
         if improved:
             self._best.save(step, state.params, {"epoch": memory.epoch})
         self._tick(memory)

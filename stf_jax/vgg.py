@@ -1,7 +1,9 @@
 """The VGG-16 trunk, the convolution that every layer uses, and the port of the Keras weights."""
 
 import dataclasses
+import functools
 import hashlib
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -15,7 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, reduce
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
+
+from stf_jax.convolution import convolve
 
 KERAS_FILE = "vgg16_weights_tf_dim_ordering_tf_kernels_notop.h5"
 KERAS_MD5 = "6d6bbae143d832006294945121d1f1fc"
@@ -24,6 +30,11 @@ KERAS_URL = f"https://storage.googleapis.com/tensorflow/keras-applications/vgg16
 Tensor = np.ndarray | Array
 
 HE_NORMAL = nn.initializers.he_normal()
+
+_EPSILON = 1e-5  # of normalisations
+
+# Names of intermediates that a `remat` policy may keep.
+CONVOLUTION, BLOCK = "convolution", "block"
 
 # Channels of a block in multiples of the first block's, and its number of convolutions.
 _BLOCKS = ((1, 2), (2, 2), (4, 3), (8, 3), (8, 3))
@@ -46,64 +57,6 @@ def is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def convolve(
-    x: Float[Array, "b t h w i"], kernel: Float[Array, "... i o"], *, stride: int = 1
-) -> Float[Array, "b t hh ww o"]:
-    """Convolves a clip in space, in time or in both; zero padding keeps the size (SAME).
-
-    Every convolution of the network comes through here, so another algorithm for some backend is
-    one change. A spatial kernel sees single frames (t folds into b); a temporal kernel sees single
-    places (h and w fold into one axis, which moves no data).
-
-    Args:
-      x: float32 `b t h w i`.
-      kernel: float32 `h w i o` (space), `t i o` (time) or `t h w i o` (both).
-      stride: step in h and w; time is never thinned out.
-
-    Returns:
-      float32 `b t h w o`, h and w divided by `stride` (rounded up).
-
-    Raises:
-      ValueError: a kernel of another rank, or a temporal kernel with a stride.
-
-    Example:
-      >>> clip = jnp.arange(3.0).reshape(1, 3, 1, 1, 1)
-      >>> convolve(clip, jnp.array([1.0, 0.0, 0.0]).reshape(3, 1, 1)).ravel().tolist()
-      [0.0, 0.0, 1.0]
-    """
-    b, h = x.shape[0], x.shape[2]
-    if kernel.ndim == 4:
-        y = lax.conv_general_dilated(
-            rearrange(x, "b t h w i -> (b t) h w i"),
-            kernel,
-            window_strides=(stride, stride),
-            padding="SAME",
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-        return rearrange(y, "(b t) h w o -> b t h w o", b=b)
-    if kernel.ndim == 3 and stride == 1:
-        y = lax.conv_general_dilated(
-            rearrange(x, "b t h w i -> b t (h w) i"),
-            rearrange(kernel, "t i o -> t 1 i o"),
-            window_strides=(1, 1),
-            padding="SAME",
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-        return rearrange(y, "b t (h w) o -> b t h w o", h=h)
-    if kernel.ndim == 5:
-        return lax.conv_general_dilated(
-            x,
-            kernel,
-            window_strides=(1, stride, stride),
-            padding="SAME",
-            dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
-        )
-    raise ValueError(
-        f"a kernel is 'h w i o', 't i o' (stride 1) or 't h w i o'; got shape {kernel.shape} "
-        f"with stride {stride}"
-    )
-
-
 def pool2x2(x: Float[Array, "b t h w c"], how: str = "max") -> Float[Array, "b t hh ww c"]:
     """Halves h and w by the 'max' or 'mean' of 2x2 cells; an odd last row or column is dropped.
 
@@ -111,12 +64,123 @@ def pool2x2(x: Float[Array, "b t h w c"], how: str = "max") -> Float[Array, "b t
       >>> pool2x2(jnp.arange(9.0).reshape(1, 1, 3, 3, 1)).ravel().tolist()
       [4.0]
     """
-    return reduce(even_size(x), "b t (h h2) (w w2) c -> b t h w c", how, h2=2, w2=2)
+    x = even_size(x)
+    if how == "mean":
+        return reduce(x, "b t (h h2) (w w2) c -> b t h w c", "mean", h2=2, w2=2)
+    return _max_pool(x)
+
+
+@jax.custom_vjp
+def _max_pool(x: jax.Array) -> jax.Array:
+    return _max_pool_forward(x)[0]
+
+
+def _max_pool_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The largest of every 2x2 cells, and which of the four it was (the first, if several are).
+
+    JAX's own gradient of a maximum looks for the values equal to it. XLA may compute these values
+    again, a rounding apart, and then the gradient is lost; besides, an index takes a sixteenth of
+    the memory.
+    """
+    best, place = x[:, :, ::2, ::2], jnp.zeros((), jnp.uint8)
+    for number, (row, column) in enumerate(((0, 1), (1, 0), (1, 1)), start=1):
+        cell = x[:, :, row::2, column::2]
+        place = jnp.where(cell > best, jnp.uint8(number), place)
+        best = jnp.maximum(best, cell)
+    return best, place
+
+
+def _max_pool_backward(place: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
+    cells = jnp.arange(4, dtype=jnp.uint8).reshape(1, 1, 1, 2, 1, 2, 1)
+    spread = [rearrange(a, "b t h w c -> b t h 1 w 1 c") for a in (place, dy)]
+    dx = jnp.where(spread[0] == cells, spread[1], jnp.zeros((), dy.dtype))
+    return (rearrange(dx, "b t h h2 w w2 c -> b t (h h2) (w w2) c"),)
+
+
+_max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
 def even_size(x: Float[Array, "b t h w c"]) -> Float[Array, "b t hh ww c"]:
     """Drops an odd last row and column, as pooling with floor does."""
     return x[:, :, : x.shape[2] // 2 * 2, : x.shape[3] // 2 * 2]
+
+
+@jax.custom_vjp
+def relu(x: jax.Array) -> jax.Array:
+    """max(x, 0); its gradient reads what comes out, which the next layer keeps anyway."""
+    return jnp.maximum(x, 0)
+
+
+relu.defvjp(
+    lambda x: (jnp.maximum(x, 0),) * 2,
+    lambda y, dy: (jnp.where(y > 0, dy, jnp.zeros((), dy.dtype)),),
+)
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation over a whole clip: statistics of its channel groups over t, h and w.
+
+    Attributes:
+      max_groups: there are as many groups as the largest divisor of the channels up to it.
+
+    Source: Wu and He, Group Normalization (2018); not in the paper.
+    """
+
+    max_groups: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t h w c"]:
+        """Normalises, at least in float32, to the type of `x`; gains start at 1, biases at 0."""
+        channels = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        groups = max(n for n in range(1, self.max_groups + 1) if channels % n == 0)
+        return _group_norm(groups, x, scale, bias)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _group_norm(groups: int, x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+    return _group_norm_forward(groups, x, scale, bias)[0]
+
+
+def _group_norm_forward(
+    groups: int, x: jax.Array, scale: jax.Array, bias: jax.Array
+) -> tuple[jax.Array, Any]:
+    exact = x.astype(scale.dtype)
+    mean = _group_mean(exact.mean((1, 2, 3)), groups)
+    variance = _group_mean(jnp.square(exact - _clipwise(mean)).mean((1, 2, 3)), groups)
+    inverse = lax.rsqrt(variance + _EPSILON)
+    y = (exact - _clipwise(mean)) * _clipwise(inverse * scale[None]) + bias.reshape(1, 1, 1, 1, -1)
+    return y.astype(x.dtype), (x, scale, mean, inverse)
+
+
+def _group_norm_backward(
+    groups: int, residuals: Any, dy: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x, scale, mean, inverse = residuals
+    dy = dy.astype(scale.dtype)
+    normal = (x.astype(scale.dtype) - _clipwise(mean)) * _clipwise(inverse)
+    from_bias, from_scale = dy.sum((1, 2, 3)), (dy * normal).sum((1, 2, 3))
+    places = math.prod(x.shape[1:4])
+    level = _group_mean(from_bias * scale[None], groups) / places
+    slope = _group_mean(from_scale * scale[None], groups) / places
+    dx = _clipwise(inverse * scale[None]) * dy - _clipwise(inverse) * (
+        _clipwise(level) + normal * _clipwise(slope)
+    )
+    return dx.astype(x.dtype), from_scale.sum(0), from_bias.sum(0)
+
+
+_group_norm.defvjp(_group_norm_forward, _group_norm_backward)
+
+
+def _group_mean(x: Float[Array, "b c"], groups: int) -> Float[Array, "b c"]:
+    """Every channel gets the mean of its group."""
+    means = reduce(x, "b (g c) -> b g", "mean", g=groups)
+    return jnp.repeat(means, x.shape[1] // groups, axis=1)
+
+
+def _clipwise(x: Float[Array, "b c"]) -> Float[Array, "b 1 1 1 c"]:
+    return x[:, None, None, None]
 
 
 class Convolution(nn.Module):
@@ -131,6 +195,8 @@ class Convolution(nn.Module):
       relu: whether to clip below zero.
       stride: step in h and w.
       kernel_init: how the kernel starts; biases start at zero.
+      dtype: of the convolution, the ReLU and the output, such as bfloat16; None is that of the
+        input. Parameters and normalisation keep theirs.
     """
 
     features: int
@@ -139,6 +205,7 @@ class Convolution(nn.Module):
     relu: bool = True
     stride: int = 1
     kernel_init: nn.initializers.Initializer = HE_NORMAL
+    dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t h w i"]) -> Float[Array, "b t hh ww o"]:
@@ -146,11 +213,12 @@ class Convolution(nn.Module):
         shape = (*self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        y = convolve(x, kernel, stride=self.stride) + bias.reshape(1, 1, 1, 1, -1)
+        dtype = x.dtype if self.dtype is None else self.dtype
+        y = convolve(x.astype(dtype), kernel.astype(dtype), stride=self.stride)
+        y = checkpoint_name(y + bias.astype(dtype).reshape(1, 1, 1, 1, -1), CONVOLUTION)
         if self.norm_groups:
-            groups = max(n for n in range(1, self.norm_groups + 1) if self.features % n == 0)
-            y = nn.GroupNorm(num_groups=groups, epsilon=1e-5, name="norm")(y)
-        return nn.relu(y) if self.relu else y
+            y = GroupNorm(self.norm_groups, name="norm")(y)
+        return relu(y) if self.relu else y
 
 
 def vgg_blocks(
@@ -159,6 +227,7 @@ def vgg_blocks(
     width: int,
     last: str,
     norm_groups: int,
+    dtype: DTypeLike | None = None,
     first_init: nn.initializers.Initializer = HE_NORMAL,
 ) -> dict[str, Float[Array, "b t _h _w _c"]]:
     """The convolutions of VGG-16 from 'block1_conv1' to `last`, on each frame by itself.
@@ -171,6 +240,7 @@ def vgg_blocks(
       width: channels of block 1; the blocks have `width` times 1, 2, 4, 8, 8.
       last: name of the last convolution, such as 'block5_conv3'.
       norm_groups: as in `Convolution`.
+      dtype: as in `Convolution`.
       first_init: how the first kernel starts; the others are He-normal.
 
     Returns:
@@ -180,17 +250,27 @@ def vgg_blocks(
     """
     outputs: dict[str, Array] = {}
     for block, (multiple, count) in enumerate(_BLOCKS, start=1):
-        if block > 1:
-            x = pool2x2(x)
         for conv in range(1, count + 1):
             name = f"block{block}_conv{conv}"
             init = first_init if name == "block1_conv1" else HE_NORMAL
             x = Convolution(
-                width * multiple, (3, 3), norm_groups=norm_groups, kernel_init=init, name=name
+                width * multiple,
+                (3, 3),
+                norm_groups=norm_groups,
+                relu=False,
+                kernel_init=init,
+                dtype=dtype,
+                name=name,
             )(x)
-            outputs[f"block{block}"] = x
             if name == last:
+                outputs[f"block{block}"] = checkpoint_name(relu(x), BLOCK)
                 return outputs
+            if conv == count:
+                outputs[f"block{block}"] = relu(x)
+                # The larger of two values is clipped like each of them: pooling first leaves a
+                # quarter to be clipped, and to be kept for the backward pass.
+                x = pool2x2(x)
+            x = checkpoint_name(relu(x), BLOCK) if conv == count else relu(x)
     raise ValueError(f"VGG-16 has no convolution {last!r}: block1_conv1 to block5_conv3")
 
 
@@ -396,6 +476,26 @@ def port_vgg16(
     return jax.tree_util.tree_unflatten(tree, values), fates
 
 
+def vgg16_fates(params: Mapping[str, Any], temporal_init: str, conv1_init: str) -> dict[str, str]:
+    """What `port_vgg16` would say of each parameter, given their shapes; no weights are read.
+
+    Raises:
+      ValueError: as `port_vgg16`.
+    """
+    zeros = {name: jax.ShapeDtypeStruct(s, np.float32) for name, s in vgg16_shapes().items()}
+    fates: dict[str, str] = {}
+
+    def port(params: Mapping[str, Any], tensors: Mapping[str, Any]) -> Mapping[str, Any]:
+        ported, told = port_vgg16(
+            params, tensors, temporal_init=temporal_init, conv1_init=conv1_init
+        )
+        fates.update(told)
+        return ported
+
+    jax.eval_shape(port, params, zeros)
+    return fates
+
+
 def _port_leaf(
     name: str,
     leaf: Tensor,
@@ -403,7 +503,8 @@ def _port_leaf(
     temporal_init: str,
     conv1_init: str,
 ) -> _Ported:
-    group, layer, *rest = name.split("/")
+    # The networks of late fusion are called as their streams' inputs are.
+    group, layer, *rest = name.removeprefix("rgb/").removeprefix("flow/").split("/")
     tensor = f"{layer}/{rest[-1]}" if rest else ""
     untouched = _Ported(leaf, "initialised at random")
     if group not in ("spatial", "temporal") or "norm" in rest:

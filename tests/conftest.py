@@ -37,6 +37,8 @@ def tiny_model_config() -> dict:
     return {
         "width": 4,
         "streams": "both",
+        "precision": "float32",
+        "remat": {"spatial": "none", "temporal": "none"},
         "norm": "none",
         "norm_groups": 8,
         "mst": {"spatial": (1, 3, 5), "temporal": (3, 3, 5), "width": 32},

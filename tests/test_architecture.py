@@ -15,8 +15,9 @@ from stf_jax.run import Settings
 ROOT = Path(__file__).parent.parent
 # The walk: a module imports only modules that come before it.
 WALK = (
-    "progress demo video flow datasets prepare records inputs pipeline vgg streams fusion "
-    "recurrent model metrics optim checkpoint run evaluate train predict report main"
+    "host progress demo video flow datasets prepare records inputs pipeline convolution vgg "
+    "streams fusion recurrent model metrics optim parallel checkpoint run evaluate train cost "
+    "predict report main"
 ).split()
 MODULES = {path.stem: path for path in (ROOT / "stf_jax").glob("*.py") if path.stem != "__init__"}
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))

@@ -7,13 +7,13 @@ from stf_jax.metrics import Sums, cross_entropy, summarise, wilson
 
 def test_cross_entropy_by_hand():
     logits = jnp.log(jnp.array([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]]))
-    loss = cross_entropy(logits, {}, jnp.array([0, 2]), every_step=False)
+    loss = cross_entropy([logits], jnp.array([0, 2]))
     np.testing.assert_allclose(loss, [-np.log(0.5), -np.log(0.7)], rtol=1e-6)
 
 
 def test_every_step_averages_the_losses_not_the_scores():
     steps = jnp.log(jnp.array([[[0.5, 0.5], [0.9, 0.1]]]))
-    loss = cross_entropy(steps.mean(1), {"step_logits": steps}, jnp.array([0]), every_step=True)
+    loss = cross_entropy([steps], jnp.array([0]))
     np.testing.assert_allclose(loss, [-(np.log(0.5) + np.log(0.9)) / 2], rtol=1e-6)
 
 

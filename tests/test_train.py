@@ -10,6 +10,7 @@ import pytest
 from stf_jax import train
 from stf_jax.datasets import load_index
 from stf_jax.inputs import Batch
+from stf_jax.parallel import place
 from stf_jax.pipeline import batches
 from stf_jax.records import prepare_records
 from stf_jax.run import Run, Settings, usable_entries
@@ -40,11 +41,13 @@ def _step(settings, state, batch, rate=1e-3):
         model=settings.model(2),
         inputs=settings.inputs,
         optimizer=settings.optimizer,
+        mesh=settings.mesh,
     )
 
 
 def _state(settings):
-    return initial_state(settings.initial_params(settings.model(2)), settings.optimizer)
+    params = settings.initial_params(settings.model(2))
+    return place(initial_state(params, settings.optimizer), settings.mesh)
 
 
 def _host(tree):

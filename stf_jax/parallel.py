@@ -1,0 +1,96 @@
+"""How arrays lie on devices: clips are divided among them, weights are on each, or divided too.
+
+Every jitted function runs unchanged on one device or many: XLA divides the work as its arguments
+lie. The mesh has two axes: 'data' divides the clips of a batch; 'model' divides the recurrent
+layer's input matrices, two thirds of all weights, along the pyramid vector.
+"""
+
+import functools
+import re
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from stf_jax.optim import parameter_path
+
+Tree = TypeVar("Tree")
+
+# Of the large programs. On a CPU XLA orders operations for concurrency unless told otherwise, and
+# then keeps maps of both streams at once: a third more memory, no gain. GPUs do not read it.
+COMPILER_OPTIONS = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+
+_DIVIDED = re.compile(r"(.*/)?recurrent/(forward|backward)/input/kernel")
+
+
+@functools.cache
+def make_mesh(model_devices: int = 1) -> Mesh:
+    """All devices as a grid of 'data' x 'model'.
+
+    Args:
+      model_devices: size of the axis 'model'; 1 keeps every weight whole on each device.
+
+    Raises:
+      ValueError: the devices cannot be divided like that (names both).
+    """
+    devices = jax.devices()
+    if model_devices < 1 or len(devices) % model_devices:
+        raise ValueError(
+            f"model_devices: got {model_devices}, allowed: divisors of the number of devices "
+            f"({len(devices)})"
+        )
+    return Mesh(np.array(devices).reshape(-1, model_devices), ("data", "model"))
+
+
+def check_batch(batch_size: int, mesh: Mesh) -> None:
+    """Makes sure that a batch can be divided among the devices.
+
+    Raises:
+      ValueError: it cannot (names both).
+    """
+    parts = mesh.shape["data"]
+    if batch_size % parts:
+        raise ValueError(
+            f"batch_size: got {batch_size}, allowed: multiples of the {parts} devices that share a "
+            "batch. Change it, or show fewer devices (CUDA_VISIBLE_DEVICES)."
+        )
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """How each array of a tree of parameters, or of a training state, lies on the mesh.
+
+    Raises:
+      ValueError: an input matrix cannot be divided evenly (names it).
+    """
+    parts = mesh.shape["model"]
+
+    def of(path: Any, leaf: Any) -> NamedSharding:
+        name = parameter_path(path)
+        if parts == 1 or not _DIVIDED.fullmatch(name):
+            return NamedSharding(mesh, PartitionSpec())
+        if leaf.shape[0] % parts:
+            raise ValueError(
+                f"{name} has {leaf.shape[0]} rows, which model_devices={parts} does not divide"
+            )
+        return NamedSharding(mesh, PartitionSpec("model", None))
+
+    return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def place(tree: Tree, mesh: Mesh) -> Tree:
+    """Puts parameters or a training state where they belong.
+
+    They lie so from the first step, as restored ones do: one compiled step fits all of them.
+    """
+    return jax.device_put(tree, shardings(tree, mesh))
+
+
+def keep_placed(tree: Tree, mesh: Mesh) -> Tree:
+    """Inside a jitted function: what comes out lies as `place` would put it."""
+    return jax.lax.with_sharding_constraint(tree, shardings(tree, mesh))
+
+
+def divide(batch: Tree, mesh: Mesh) -> Tree:
+    """Divides the rows of a batch among the devices."""
+    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
