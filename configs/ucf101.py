@@ -51,7 +51,17 @@ def get_config(presets: str = "") -> ConfigDict:
         "timeout": 3600.0,  # seconds per video
         "workers": 0,  # one per core
     }
-    config.sampling = {"num_frames": 24, "frame_stride": (2, 10), "flow_frames": 4}
+    config.sampling = {
+        "num_frames": 24,
+        "frame_stride": (2, 10),
+        "flow_frames": 4,
+        "stride_per": "clip",  # frame: every gap has its own (SPEC 1.5)
+        "short_policy": "clip_tau",  # redraw, interval (SPEC 1.6)
+        "train": "tau",  # interval, mix (SPEC 1.9)
+        "eval": "frac",  # int, int_centred (SPEC 1.8)
+        "flow_edge": "clamp",  # inset (SPEC 2.6)
+        "flow_pad": "zero",  # repeat_last (SPEC 2.7)
+    }
     config.inputs = {
         "crop_size": 224,
         "rgb_preprocess": "caffe",

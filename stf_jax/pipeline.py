@@ -17,6 +17,15 @@ from stf_jax.flow import ZERO_FLOW
 from stf_jax.inputs import Batch
 from stf_jax.records import Records
 
+_CHOICES = {
+    "stride_per": ("clip", "frame"),
+    "short_policy": ("clip_tau", "redraw", "interval"),
+    "train": ("tau", "interval", "mix"),
+    "eval": ("frac", "int", "int_centred"),
+    "flow_edge": ("clamp", "inset"),
+    "flow_pad": ("zero", "repeat_last"),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingSettings:
@@ -26,6 +35,19 @@ class SamplingSettings:
       num_frames: frames per clip (the paper's T = 24).
       frame_stride: smallest and largest training stride, both included (the paper's tau, 2 to 10).
       flow_frames: flow fields per frame (the paper's L = 4), centred on the frame.
+      stride_per: 'clip' draws one stride for all gaps of a clip, 'frame' one for every gap, from
+        the same strides (SPEC 1.5).
+      short_policy: what is done about strides that do not fit the video (SPEC 1.6): 'clip_tau'
+        draws only from those that do; 'redraw' draws from all until one fits, which is the same
+        distribution by other draws; 'interval' draws once from all and takes the evaluation's
+        frames if the clip would run past the end.
+      train: 'tau' trains on the strides above, 'interval' on the evaluation's frames, 'mix' on
+        either with equal chance (SPEC 1.9).
+      eval: how the evaluation spreads a clip over its video (SPEC 1.8); see `evaluation_indices`.
+      flow_edge: 'clamp' repeats the outermost fields where a window leaves the video, 'inset' keeps
+        frames away from the ends so that none does (SPEC 2.6).
+      flow_pad: the window of a frame repeated past the end: 'zero', no motion, or 'repeat_last',
+        the window of the last frame (SPEC 2.7).
 
     Raises:
       ValueError: an impossible value (names it).
@@ -34,6 +56,12 @@ class SamplingSettings:
     num_frames: int
     frame_stride: tuple[int, int]
     flow_frames: int
+    stride_per: str
+    short_policy: str
+    train: str
+    eval: str
+    flow_edge: str
+    flow_pad: str
 
     def __post_init__(self) -> None:
         """Checks the values."""
@@ -46,15 +74,47 @@ class SamplingSettings:
             raise ValueError(
                 f"sampling.flow_frames must be even (paper: 4), got {self.flow_frames}"
             )
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"sampling.{name}: got {getattr(self, name)!r}, one of {allowed}")
+
+
+def clip_indices(
+    video_frames: tf.Tensor, settings: SamplingSettings, seed: tf.Tensor | None
+) -> tf.Tensor:
+    """The frames of a clip: drawn at random in training, always the same ones in evaluation.
+
+    With `flow_edge='inset'` they lie in [L/2, N - 1 - L/2], where every flow window is whole: the
+    video is sampled as if it were L frames shorter. One with fewer than T + L frames is too short
+    for that and is clamped.
+
+    Args:
+      video_frames: int32 scalar N, decoded frames of the video, at least 1.
+      settings: see there.
+      seed: int32 `2`; None for evaluation.
+
+    Returns:
+      int32 `num_frames`; past the end of a shorter video they run on (see `frame_indices`).
+
+    Source: SPEC 2.6. The cited code's literal [L/2, N - L/2] counts frames from one; its upper end
+    is this one.
+    """
+    margin = tf.constant(0)
+    if settings.flow_edge == "inset":
+        whole = video_frames - settings.flow_frames >= settings.num_frames
+        margin = tf.where(whole, settings.flow_frames // 2, 0)
+    inner = video_frames - 2 * margin
+    if seed is None:
+        return margin + evaluation_indices(inner, settings)
+    return margin + training_indices(inner, settings, seed)
 
 
 def training_indices(
     video_frames: tf.Tensor, settings: SamplingSettings, seed: tf.Tensor
 ) -> tf.Tensor:
-    """Draws one stride and one start for a clip (SPEC 1.4 to 1.7).
+    """Draws strides and a start for a clip, or takes the evaluation's frames (SPEC 1.4 to 1.9).
 
-    The stride is uniform on those of `frame_stride` that fit; where none fits it is the largest
-    that does, and at least 1. The start is uniform on what is left.
+    The start is uniform on what the strides leave.
 
     Args:
       video_frames: int32 scalar, decoded frames of the video, at least 1.
@@ -62,24 +122,60 @@ def training_indices(
       seed: int32 `2`.
 
     Returns:
-      int32 `num_frames`; past the end of a shorter video they run on (see `padded`).
+      int32 `num_frames`; past the end of a shorter video they run on (see `frame_indices`).
 
-    Source: paper, section 4.2; SPEC 1.5 and 1.6 for what it leaves open.
+    Source: paper, section 4.2; SPEC 1.5, 1.6 and 1.9 for what it leaves open.
+    """
+    spread = evaluation_indices(video_frames, settings)
+    if settings.train == "interval":
+        return spread
+    stride_seed, start_seed = tf.unstack(tf.random.split(seed, 2))
+    gaps = _gaps(video_frames, settings, stride_seed)
+    offsets = tf.concat([[0], tf.cumsum(gaps)], 0)
+    room = video_frames - 1 - offsets[-1]
+    start = tf.random.stateless_uniform([], start_seed, 0, tf.maximum(0, room) + 1, tf.int32)
+    strided = start + offsets
+    if settings.short_policy == "interval":
+        strided = tf.where(room >= 0, strided, spread)
+    if settings.train == "mix":
+        # A third stream of randomness: the strides and starts are those of 'tau'.
+        heads = tf.random.stateless_uniform([], tf.random.fold_in(seed, 2)) < 0.5
+        return tf.where(heads, spread, strided)
+    return strided
+
+
+def _gaps(video_frames: tf.Tensor, settings: SamplingSettings, seed: tf.Tensor) -> tf.Tensor:
+    """The steps from frame to frame of a training clip, int32 `num_frames - 1`.
+
+    A stride fits if a clip with all gaps of that size stays inside the video, so that any mixture
+    of fitting gaps does too. Where none of `frame_stride` fits, 'clip_tau' and 'redraw' take the
+    largest that does, and at least 1; 'interval' leaves it to its caller to see that they do not.
     """
     low, high = settings.frame_stride
-    gaps = settings.num_frames - 1
-    fits = (video_frames - 1) // gaps
-    low = tf.where(fits >= low, low, tf.maximum(1, fits))
-    high = tf.maximum(low, tf.minimum(high, fits))
-    stride_seed, start_seed = tf.unstack(tf.random.split(seed, 2))
-    stride = tf.random.stateless_uniform([], stride_seed, low, high + 1, tf.int32)
-    room = tf.maximum(0, video_frames - 1 - gaps * stride)
-    start = tf.random.stateless_uniform([], start_seed, 0, room + 1, tf.int32)
-    return start + stride * tf.range(settings.num_frames)
+    count = settings.num_frames - 1
+    shape = [] if settings.stride_per == "clip" else [count]
+    fits = (video_frames - 1) // count
+    largest = tf.maximum(1, fits)
+    if settings.short_policy == "redraw":
+        # The strides in random order; the first that fits is the one drawing again would end at.
+        strides = tf.range(low, high + 1)
+        turns = tf.random.stateless_uniform([*shape, high + 1 - low], seed)
+        first = tf.argmin(tf.where(strides <= fits, turns, 1.0), axis=-1)
+        drawn = tf.where(fits >= low, tf.gather(strides, first), largest)
+    else:
+        if settings.short_policy == "clip_tau":
+            low = tf.where(fits >= low, low, largest)
+            high = tf.maximum(low, tf.minimum(high, fits))
+        drawn = tf.random.stateless_uniform(shape, seed, low, high + 1, tf.int32)
+    return tf.broadcast_to(drawn, [count])
 
 
 def evaluation_indices(video_frames: tf.Tensor, settings: SamplingSettings) -> tf.Tensor:
-    """Spreads the clip over the whole video: frame k is floor(k N / T) (SPEC 1.8).
+    """Spreads the clip over the video at the interval N/T (SPEC 1.8).
+
+    By `settings.eval`, frame k is 'frac': floor(k N / T), which covers the whole video; 'int':
+    k floor(N / T), which leaves out up to half of it at the end; 'int_centred': the same with as
+    much left out before as behind, the odd frame behind.
 
     Args:
       video_frames: int32 scalar N.
@@ -91,9 +187,14 @@ def evaluation_indices(video_frames: tf.Tensor, settings: SamplingSettings) -> t
     Source: paper, section 4.2, the lost formula read as t = N/T.
     """
     k = tf.range(settings.num_frames)
-    return tf.where(
-        video_frames < settings.num_frames, k, (k * video_frames) // settings.num_frames
-    )
+    interval = video_frames // settings.num_frames
+    if settings.eval == "frac":
+        spread = (k * video_frames) // settings.num_frames
+    elif settings.eval == "int":
+        spread = k * interval
+    else:
+        spread = k * interval + (video_frames - 1 - (settings.num_frames - 1) * interval) // 2
+    return tf.where(video_frames < settings.num_frames, k, spread)
 
 
 def frame_indices(wanted: tf.Tensor, video_frames: tf.Tensor) -> tf.Tensor:
@@ -101,26 +202,33 @@ def frame_indices(wanted: tf.Tensor, video_frames: tf.Tensor) -> tf.Tensor:
     return tf.minimum(wanted, video_frames - 1)
 
 
-def flow_indices(wanted: tf.Tensor, video_frames: tf.Tensor, flow_frames: int) -> tf.Tensor:
+def flow_indices(
+    wanted: tf.Tensor, video_frames: tf.Tensor, settings: SamplingSettings
+) -> tf.Tensor:
     """The window of flow fields around each frame (SPEC 2.4 to 2.7).
 
     Field k is the motion from frame k to k + 1. Frame c reads fields c - L/2 to c + L/2 - 1, held
-    inside the video at both ends; a repeated last frame does not move, which -1 stands for.
+    inside the video at both ends. A repeated last frame does not move, which -1 stands for; with
+    `flow_pad='repeat_last'` its window is repeated with it.
 
     Args:
       wanted: int32 `t`, from the samplers above.
       video_frames: int32 scalar.
-      flow_frames: L.
+      settings: see there.
 
     Returns:
       int32 `t l`; -1 means no motion.
 
     Source: paper, section 3.1; SPEC 2.4.
     """
-    offsets = tf.range(-(flow_frames // 2), flow_frames // 2)
-    window = tf.clip_by_value(wanted[:, None] + offsets[None, :], 0, video_frames - 2)
-    exists = (wanted[:, None] < video_frames) & (video_frames > 1)
-    return tf.where(exists, window, -1)
+    exists = tf.fill(tf.shape(wanted), video_frames > 1)
+    if settings.flow_pad == "zero":
+        exists &= wanted < video_frames
+    else:
+        wanted = frame_indices(wanted, video_frames)
+    half = settings.flow_frames // 2
+    window = wanted[:, None] + tf.range(-half, half)[None, :]
+    return tf.where(exists[:, None], tf.clip_by_value(window, 0, video_frames - 2), -1)
 
 
 def decode_clip(
@@ -144,7 +252,7 @@ def decode_clip(
         tf.gather(frames, frame_indices(wanted, total)),
         fn_output_signature=tf.TensorSpec([size, size, 3], tf.uint8),
     )
-    windows = flow_indices(wanted, total, settings.flow_frames)
+    windows = flow_indices(wanted, total, settings)
     # Neighbouring windows overlap when the stride is below L: decode every field once.
     needed, where = tf.unique(tf.reshape(windows, [-1]))
     still = tf.fill([2, size, size], tf.constant(ZERO_FLOW, tf.uint8))
@@ -242,10 +350,7 @@ def batches(
         example = records.parse(tf.ensure_shape(serialised, []))
         entry, random = tf.ensure_shape(entry, []), tf.ensure_shape(random, [2])
         total = tf.size(example["frames"])
-        if train:
-            wanted = training_indices(total, settings, tf.bitcast(random, tf.int32))
-        else:
-            wanted = evaluation_indices(total, settings)
+        wanted = clip_indices(total, settings, tf.bitcast(random, tf.int32) if train else None)
         rgb, flow = decode_clip(
             example["frames"], example["flow"], wanted, settings, records.settings.size
         )

@@ -11,7 +11,7 @@ from stf_jax.checkpoint import Params
 from stf_jax.evaluate import score_batch
 from stf_jax.inputs import Batch
 from stf_jax.model import Network, fold_pyramid
-from stf_jax.pipeline import SamplingSettings, decode_clip, evaluation_indices
+from stf_jax.pipeline import SamplingSettings, clip_indices, decode_clip
 from stf_jax.prepare import EncodedVideo, encode_video
 from stf_jax.run import Run, Settings
 
@@ -20,7 +20,7 @@ def clip_of(
     frames: tuple[bytes, ...], flow: tuple[bytes, ...], sampling: SamplingSettings, size: int
 ) -> Batch:
     """The one deterministic clip of a video (SPEC 1.8) as a batch of one."""
-    wanted = evaluation_indices(tf.constant(len(frames), tf.int32), sampling)
+    wanted = clip_indices(tf.constant(len(frames), tf.int32), sampling, seed=None)
     # A one-frame video has no flow; tf.constant cannot tell the type of an empty tuple.
     fields = tf.constant(list(flow), tf.string, shape=[len(flow)])
     rgb, stacks = decode_clip(tf.constant(list(frames)), fields, wanted, sampling, size)

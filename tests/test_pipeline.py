@@ -1,3 +1,4 @@
+import dataclasses
 from collections import Counter
 
 import numpy as np
@@ -9,16 +10,21 @@ from stf_jax.datasets import ClipEntry, VideoIndex
 from stf_jax.pipeline import (
     SamplingSettings,
     batches,
+    clip_indices,
     epoch_order,
     evaluation_indices,
     flow_indices,
     frame_indices,
     steps_per_epoch,
-    training_indices,
 )
+from stf_jax.predict import clip_of
 
-PAPER = SamplingSettings(num_frames=24, frame_stride=(2, 10), flow_frames=4)
-_train = tf.function(training_indices, reduce_retracing=True, autograph=False)
+PAPER = SamplingSettings(
+    num_frames=24, frame_stride=(2, 10), flow_frames=4, stride_per="clip",
+    short_policy="clip_tau", train="tau", eval="frac", flow_edge="clamp", flow_pad="zero",
+)  # fmt: skip
+SHORT = dataclasses.replace(PAPER, num_frames=8, frame_stride=(2, 4))
+_train = tf.function(clip_indices, reduce_retracing=True, autograph=False)
 
 
 def _draws(video_frames, count, settings=PAPER):
@@ -68,8 +74,8 @@ def test_evaluation_covers_the_whole_video():
 
 
 def test_flow_window_is_centred_and_clamped():
-    windows = flow_indices(tf.constant([0, 1, 10, 28, 29]), tf.constant(30), 4).numpy().tolist()
-    assert windows == [
+    windows = flow_indices(tf.constant([0, 1, 10, 28, 29]), tf.constant(30), PAPER)
+    assert windows.numpy().tolist() == [
         [0, 0, 0, 1],
         [0, 0, 1, 2],
         [8, 9, 10, 11],
@@ -79,19 +85,157 @@ def test_flow_window_is_centred_and_clamped():
 
 
 def test_repeated_frames_do_not_move():
-    windows = flow_indices(tf.constant([20, 21, 22, 23]), tf.constant(22), 4).numpy().tolist()
-    assert windows == [[18, 19, 20, 20], [19, 20, 20, 20], [-1] * 4, [-1] * 4]
-    assert (flow_indices(tf.constant([0, 1]), tf.constant(1), 4).numpy() == -1).all()
+    windows = flow_indices(tf.constant([20, 21, 22, 23]), tf.constant(22), PAPER)
+    assert windows.numpy().tolist() == [[18, 19, 20, 20], [19, 20, 20, 20], [-1] * 4, [-1] * 4]
+    assert (flow_indices(tf.constant([0, 1]), tf.constant(1), PAPER).numpy() == -1).all()
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [{"frame_stride": (3, 2)}, {"frame_stride": (0, 2)}, {"num_frames": 1}, {"flow_frames": 3}],
+    ("key", "value", "allowed"),
+    [
+        ("frame_stride", (3, 2), "low <= high"),
+        ("frame_stride", (0, 2), "1 <= low"),
+        ("num_frames", 1, "at least 2"),
+        ("flow_frames", 3, "even"),
+        ("stride_per", "video", "'clip', 'frame'"),
+        ("short_policy", None, "'clip_tau', 'redraw', 'interval'"),
+        ("train", "Tau", "'tau', 'interval', 'mix'"),
+        ("eval", 1, "'frac', 'int', 'int_centred'"),
+        ("flow_edge", True, "'clamp', 'inset'"),
+        ("flow_pad", "", "'zero', 'repeat_last'"),
+    ],
 )
-def test_impossible_sampling_is_named(wrong):
-    base = {"num_frames": 24, "frame_stride": (2, 10), "flow_frames": 4}
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        SamplingSettings(**{**base, **wrong})
+def test_impossible_sampling_is_named(annotations_off, key, value, allowed):
+    with pytest.raises(ValueError, match=rf"sampling\.{key}\b.*{allowed}"):
+        dataclasses.replace(PAPER, **{key: value})
+
+
+# --- the switches of SPEC sections 1 and 2 ----------------------------------------------------
+
+# Three frames, so that every clip can be listed.
+THREE = dataclasses.replace(PAPER, num_frames=3, frame_stride=(1, 3))
+
+
+def _clips(video_frames, count, settings):
+    return Counter(map(tuple, _draws(video_frames, count, settings).tolist()))
+
+
+def _evenly(counts, shares):
+    """Chi-square of counts against shares: 26.1 is the 0.1 % point for 8 degrees of freedom."""
+    assert counts.keys() == shares.keys()
+    total = sum(counts.values())
+    assert sum((counts[k] - total * p) ** 2 / (total * p) for k, p in shares.items()) < 26.1
+
+
+@pytest.mark.parametrize(
+    ("video_frames", "seed", "clip"),
+    [
+        (30, (1, 2), range(6, 30)),
+        (60, (0, 0), range(0, 47, 2)),
+        (100, (0, 0), range(20, 67, 2)),
+        (100, (1, 2), range(15, 85, 3)),
+        (1000, (-5, 77), range(270, 478, 9)),
+    ],
+)
+def test_the_defaults_draw_what_they_always_drew(video_frames, seed, clip):
+    """Golden: drawn before there were any switches, so that old runs can be repeated."""
+    drawn = clip_indices(tf.constant(video_frames), PAPER, tf.constant(seed))
+    assert drawn.numpy().tolist() == list(clip)
+
+
+def test_every_gap_has_its_own_stride():
+    each = dataclasses.replace(THREE, stride_per="frame")
+    # Of the strides 1 to 3 only 1 and 2 fit into 5 frames: 1 + 1 leaves three starts, and so on.
+    shares = {
+        (0, 1, 2): 1 / 12, (1, 2, 3): 1 / 12, (2, 3, 4): 1 / 12, (0, 1, 3): 1 / 8,
+        (1, 2, 4): 1 / 8, (0, 2, 3): 1 / 8, (1, 3, 4): 1 / 8, (0, 2, 4): 1 / 4,
+    }  # fmt: skip
+    _evenly(_clips(5, 600, each), shares)
+    clips = _draws(1000, 100, dataclasses.replace(PAPER, stride_per="frame"))
+    gaps = np.diff(clips)
+    assert set(gaps.ravel()) == set(range(2, 11)) and clips.min() >= 0 and clips.max() <= 999
+    assert abs(np.corrcoef(gaps[:, 0], gaps[:, 1])[0, 1]) < 0.35  # 3.5 standard deviations
+
+
+@pytest.mark.parametrize("stride_per", ["clip", "frame"])
+def test_drawing_again_keeps_the_distribution(stride_per):
+    again = dataclasses.replace(THREE, short_policy="redraw", stride_per=stride_per)
+    if stride_per == "clip":  # 6 frames: stride 1 has four starts, stride 2 two, 3 does not fit
+        shares = {(s, s + 1, s + 2): 1 / 8 for s in range(4)}
+        _evenly(_clips(6, 400, again), shares | {(0, 2, 4): 1 / 4, (1, 3, 5): 1 / 4})
+    # What was drawn for a long video is kept for a short one if it fits: that is rejection.
+    long, short = (np.diff(_draws(n, 100, again)) for n in (100, 6))
+    fits = long <= 2
+    assert 0 < fits.sum() < fits.size
+    np.testing.assert_array_equal(long[fits], short[fits])
+    assert set(short[~fits]) == {1, 2}
+    # Where nothing fits there is nothing to draw again.
+    assert _clips(3, 20, dataclasses.replace(again, frame_stride=(2, 3))) == {(0, 1, 2): 20}
+
+
+def test_a_stride_that_does_not_fit_falls_back_to_the_interval():
+    fall_back = dataclasses.replace(THREE, short_policy="interval", frame_stride=(3, 5))
+    # 8 frames: of the strides 3 to 5 only 3 fits, with two starts; floor(k 8 / 3) is 0, 2, 5.
+    _evenly(_clips(8, 400, fall_back), {(0, 2, 5): 2 / 3, (0, 3, 6): 1 / 6, (1, 4, 7): 1 / 6})
+    each = dataclasses.replace(fall_back, stride_per="frame")
+    shares = {(0, 3, 6): 1 / 18, (1, 4, 7): 1 / 18, (0, 3, 7): 1 / 9, (0, 4, 7): 1 / 9}
+    _evenly(_clips(8, 600, each), {(0, 2, 5): 2 / 3, **shares})
+    assert _clips(2, 5, fall_back) == {(0, 1, 2): 5}
+
+
+def test_training_may_take_the_evaluations_frames():
+    spread = dataclasses.replace(THREE, train="interval")
+    assert _clips(10, 20, spread) == {(0, 3, 6): 20}
+    assert _clips(10, 20, dataclasses.replace(spread, eval="int_centred")) == {(1, 4, 7): 20}
+
+
+def test_training_may_mix_both():
+    both = _draws(1000, 400, dataclasses.replace(THREE, train="mix"))
+    strided = _draws(1000, 400, THREE)
+    spread = (both == [0, 333, 666]).all(axis=1)
+    assert 140 < spread.sum() < 260  # a fair coin, 6 standard deviations
+    np.testing.assert_array_equal(both[~spread], strided[~spread])
+    # The coin says nothing about the strides.
+    assert set(np.diff(strided[spread])[:, 0]) == set(np.diff(strided[~spread])[:, 0]) == {1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("reading", "of_47", "of_100"),
+    [
+        ("frac", [(k * 47) // 24 for k in range(24)], [(k * 100) // 24 for k in range(24)]),
+        ("int", list(range(24)), list(range(0, 93, 4))),
+        ("int_centred", list(range(11, 35)), list(range(3, 96, 4))),
+    ],
+)
+def test_readings_of_the_evaluation_interval(reading, of_47, of_100):
+    settings = dataclasses.replace(PAPER, eval=reading)
+    assert clip_indices(tf.constant(47), settings, None).numpy().tolist() == of_47
+    assert clip_indices(tf.constant(100), settings, None).numpy().tolist() == of_100
+    assert clip_indices(tf.constant(22), settings, None).numpy().tolist() == list(range(24))
+
+
+def test_inset_clips_have_whole_windows():
+    inset = dataclasses.replace(THREE, flow_edge="inset")
+    clips = _draws(9, 200, inset)
+    assert set(clips.ravel()) == set(range(2, 7))  # L/2 to N - 1 - L/2, both ends included
+    for clip in clips[:20]:
+        windows = flow_indices(tf.constant(clip), tf.constant(9), inset).numpy()
+        assert (np.diff(windows) == 1).all() and windows.min() >= 0 and windows.max() <= 7
+    assert clip_indices(tf.constant(9), inset, None).numpy().tolist() == [2, 3, 5]
+    assert _clips(7, 20, inset) == {(2, 3, 4): 20}
+
+
+def test_videos_too_short_to_inset_are_clamped():
+    inset = dataclasses.replace(THREE, flow_edge="inset")
+    np.testing.assert_array_equal(_draws(6, 40, inset), _draws(6, 40, THREE))
+    assert clip_indices(tf.constant(6), inset, None).numpy().tolist() == [0, 2, 4]
+
+
+def test_repeated_frames_may_repeat_their_window():
+    repeat = dataclasses.replace(PAPER, flow_pad="repeat_last")
+    windows = flow_indices(tf.constant([20, 21, 22, 23]), tf.constant(22), repeat)
+    assert windows.numpy().tolist() == [[18, 19, 20, 20]] + [[19, 20, 20, 20]] * 3
+    assert (flow_indices(tf.constant([0, 1]), tf.constant(1), repeat).numpy() == -1).all()
 
 
 def test_epoch_order_is_a_permutation_of_seed_and_epoch():
@@ -104,10 +248,9 @@ def test_epoch_order_is_a_permutation_of_seed_and_epoch():
 # --- whole streams, over records made from real encoded files (conftest) ----------------------
 
 
-def _stream(tiny_records, **changes):
+def _stream(tiny_records, sampling=SHORT, **changes):
     index, records = tiny_records
     arguments = {"batch_size": 3, "train": True, "seed": 5, **changes}
-    sampling = SamplingSettings(num_frames=8, frame_stride=(2, 4), flow_frames=4)
     return list(batches(records, index.entries, sampling, **arguments))
 
 
@@ -179,6 +322,18 @@ def test_clip_holds_the_frames_and_fields_of_the_video(tiny_records):
             np.testing.assert_array_equal(batch.flow[0, t, ..., 2 * offset + 1], field[size:, :, 0])
 
 
+def test_prediction_reads_the_evaluations_clip(tiny_records):
+    index, records = tiny_records
+    other = dataclasses.replace(SHORT, eval="int_centred", flow_edge="inset")
+    for sampling in (SHORT, other):
+        batch = _stream(tiny_records, sampling, batch_size=1, train=False)[-1]
+        entry = index.entries[int(batch.entry[0])]
+        example = records.parse(tf.constant(records.read(records.rows[entry.video_id].record)))
+        stored = (tuple(example[key].numpy().tolist()) for key in ("frames", "flow"))
+        clip = clip_of(*stored, sampling, records.settings.size)
+        assert np.array_equal(clip.rgb, batch.rgb) and np.array_equal(clip.flow, batch.flow)
+
+
 def test_a_one_frame_video_stands_still(tmp_path, make_video):
     from stf_jax.records import prepare_records
 
@@ -194,8 +349,7 @@ def test_a_one_frame_video_stands_still(tmp_path, make_video):
         max_frames=1000, max_seconds=60.0, timeout=60.0, workers=1,
     )  # fmt: skip
     records = prepare_records(index, settings)
-    sampling = SamplingSettings(num_frames=8, frame_stride=(2, 4), flow_frames=4)
     for train in (True, False):
-        (batch,) = batches(records, index.entries, sampling, batch_size=1, train=train)
+        (batch,) = batches(records, index.entries, SHORT, batch_size=1, train=train)
         assert (batch.flow == 128).all()
         assert (batch.rgb == batch.rgb[:, :1]).all()
