@@ -3,13 +3,17 @@
     python experiments/record.py --workdir=runs/demo --name=demo
 
 Writes experiments/results/<name>.json, then fills the tables between `<!-- results: ... -->` marks
-in README.md and BUILD_NOTES.md from all files there. Generated and real videos never share one.
+in README.md and BUILD_NOTES.md from all files there: accuracies from the records, speed and memory
+from the tables of experiments/bench. Generated and real videos never share one. Without arguments
+only the tables are filled.
 """
 
+import csv
+import functools
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +86,31 @@ def table(records: dict[str, dict[str, Any]], *, generated: bool) -> str:
     return "\n".join(lines)
 
 
+def bench_table(name: str) -> str:
+    """The Markdown table of a benchmark's CSV; columns that never change go into a line below."""
+    with open(_RESULTS / f"{name}.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    varying = [key for key in rows[0] if key == "case" or len({row[key] for row in rows}) > 1]
+    fixed = ", ".join(f"{key} {rows[0][key]}" for key in rows[0] if key not in varying)
+    lines = [varying, ["---"] * len(varying), *([row[key] for key in varying] for row in rows)]
+    shown = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"{shown}\n\n[{name}.csv](experiments/results/{name}.csv): {fixed}."
+
+
 def update(text: str, records: dict[str, dict[str, Any]]) -> str:
     """Replaces what stands between the marks of a Markdown text."""
-    for kind, generated in (("generated", True), ("real", False)):
+    makers: dict[str, Callable[[], str]] = {
+        "generated": functools.partial(table, records, generated=True),
+        "real": functools.partial(table, records, generated=False),
+    }
+    for path in _RESULTS.glob("bench_*.csv"):
+        makers[path.stem] = functools.partial(bench_table, path.stem)
+    for kind, make in makers.items():
         mark = f"<!-- results: {kind} -->", f"<!-- end of results: {kind} -->"
+        if mark[0] not in text:
+            continue
         pattern = re.escape(mark[0]) + ".*?" + re.escape(mark[1])
-        filled = f"{mark[0]}\n{table(records, generated=generated)}\n{mark[1]}"
+        filled = f"{mark[0]}\n{make()}\n{mark[1]}"
         text = re.sub(pattern, filled.replace("\\", r"\\"), text, flags=re.DOTALL)
     return text
 

@@ -24,12 +24,12 @@ from jaxtyping import Array, Float
 # digits: with 4 the error of a 5x5 kernel exceeds 1e-5 of the largest output.
 _TILE = 2
 
-# From how many channels on, in and out, Winograd is faster than XLA's convolution: measured on two
-# AVX-512 cores by experiments/bench/convolution.py.
-_MIN_CHANNELS = 128
-_MIN_CHANNELS_GRADIENT = 32
-# With fewer, if the transformed clip is a single piece.
-_MIN_CHANNELS_SMALL = 64
+# From how many channels on, in and out, Winograd is faster than XLA's convolution on two AVX-512
+# cores: for large clips, and for the gradient of a kernel or clips of a single piece.
+_MIN_CHANNELS, _MIN_CHANNELS_SMALL = 128, 64
+
+# From how many multiply-adds on it is worth the time that its longer program takes to compile.
+_MIN_WORK = 2 * 10**8
 
 # Transforms of several axes multiply their rounding: 4x4x4 places of a tile are accurate, 6x6x6
 # are not.
@@ -78,10 +78,16 @@ def convolve(
     return _convolve(x, kernel)
 
 
+def _pays(x: jax.Array, kernel_shape: Sequence[int], channels: int) -> bool:
+    """Whether Winograd is worth it on a CPU."""
+    work = x.size // x.shape[-1] * math.prod(kernel_shape)
+    return work >= _MIN_WORK and min(kernel_shape[-2:]) >= channels
+
+
 @jax.custom_vjp
 def _convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
     small = _pieces(x, *_axes(kernel.shape))[1] == 1
-    if min(kernel.shape[-2:]) < (_MIN_CHANNELS_SMALL if small else _MIN_CHANNELS):
+    if not _pays(x, kernel.shape, _MIN_CHANNELS_SMALL if small else _MIN_CHANNELS):
         return plain(x, kernel)
     return lax.platform_dependent(x, kernel, cpu=winograd, default=plain)
 
@@ -99,7 +105,7 @@ def _convolve_backward(residuals: Any, dy: jax.Array) -> tuple[jax.Array, jax.Ar
     def plain_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
         return jax.vjp(lambda kernel: plain(x, kernel), kernel)[1](dy)[0]
 
-    if min(kernel.shape[-2:]) < _MIN_CHANNELS_GRADIENT:
+    if not _pays(x, kernel.shape, _MIN_CHANNELS_SMALL):
         return dx, plain_gradient(x, dy)
     fast = functools.partial(winograd_kernel_gradient, kernel_shape=kernel.shape)
     return dx, lax.platform_dependent(x, dy, cpu=fast, default=plain_gradient)

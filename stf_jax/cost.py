@@ -12,7 +12,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.extend import core
 from ml_collections import ConfigDict
 
@@ -118,7 +117,8 @@ def _products(jaxpr: core.Jaxpr, scope: str, times: int) -> Iterator[tuple[str, 
         if kind == "conv_general_dilated":
             # A kernel's output axis is part of the result already.
             out_axis = equation.params["dimension_numbers"].rhs_spec[0]
-            yield inner, times * math.prod(result) * math.prod(np.delete(shapes[1], out_axis))
+            kernel = [size for axis, size in enumerate(shapes[1]) if axis != out_axis]
+            yield inner, times * math.prod(result) * math.prod(kernel)
         elif kind == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             yield inner, times * math.prod(result) * math.prod(shapes[0][i] for i in contracted)

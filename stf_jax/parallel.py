@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from stf_jax.optim import parameter_path
 
@@ -43,7 +43,7 @@ def make_mesh(model_devices: int = 1) -> Mesh:
     return Mesh(np.array(devices).reshape(-1, model_devices), ("data", "model"))
 
 
-def check_batch(batch_size: int, mesh: Mesh) -> None:
+def check_batch(batch_size: int, mesh: Mesh | AbstractMesh) -> None:
     """Makes sure that a batch can be divided among the devices.
 
     Raises:
@@ -73,7 +73,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
             raise ValueError(
                 f"{name} has {leaf.shape[0]} rows, which model_devices={parts} does not divide"
             )
-        return NamedSharding(mesh, PartitionSpec("model", None))
+        return NamedSharding(mesh, PartitionSpec("model"))
 
     return jax.tree_util.tree_map_with_path(of, tree)
 

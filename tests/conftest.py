@@ -1,8 +1,14 @@
 """What every test runs under: the CPU, strict shapes, and annotations that are checked."""
 
+import copy
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Many tests, and the processes they start, compile the same programs: once a session is enough.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="stf_jax_compiled_")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "2")
 
 from pathlib import Path
 
@@ -20,6 +26,11 @@ jaxtyping.install_import_hook("stf_jax", "beartype.beartype")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_unconfigure():
+    """Removes the compiled programs of this session."""
+    shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
 @pytest.fixture
 def annotations_off():
     """Lets values of a wrong type through to the package's own checks, as outside of tests."""
@@ -29,10 +40,16 @@ def annotations_off():
 
 
 @pytest.fixture
-def tiny_model_config() -> dict:
+def tiny_model_config(tiny_model_settings) -> dict:
+    """A fresh copy of `tiny_model_settings`, so a test may change it."""
+    return copy.deepcopy(tiny_model_settings)
+
+
+@pytest.fixture(scope="module")
+def tiny_model_settings() -> dict:
     """The `model` part of a configuration, one sixteenth as wide as the paper's.
 
-    Fits clips of 8 frames (2 windows of 4) at 32x32; a fresh copy, so a test may change it.
+    Fits clips of 8 frames (2 windows of 4) at 32x32.
     """
     return {
         "width": 4,

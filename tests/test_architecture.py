@@ -91,6 +91,11 @@ def test_presets_and_their_errors():
     laptop = _load(card, "laptop,split=3")
     assert laptop.data.split == 3 and laptop.model.width == 8
     assert Settings.of(laptop).abstract_params(8)
+    literal = Settings.of(_load(card, "paper_literal"))
+    assert literal.clip_shapes(1)[1][-1] == 4  # "equal to the number of stacked optical images"
+    cell = literal.abstract_params(101)["recurrent"]["forward"]["cell"]
+    assert {name for name in cell if name.startswith("ln_")} == {"ln_i", "ln_f", "ln_o"}
+    assert (literal.config.batch_size, literal.optimizer.clip) == (1, 0.0)
     with pytest.raises(ValueError, match="lapptop"):
         _load(card, "lapptop")
 

@@ -12,7 +12,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from stf_jax.fusion import blurred_sum
-from stf_jax.model import PAPER_MODEL, Head, build_model
+from stf_jax.metrics import cross_entropy
+from stf_jax.model import PAPER_MODEL, Head, _folded, build_model, fold_pyramid
 from stf_jax.recurrent import BiLSTM, LSTMSettings
 from stf_jax.streams import SpatialStream, TemporalStream
 
@@ -227,6 +228,9 @@ SWITCHES = [
     ({}, {"head.pool": "per_step_loss"}, (), ()),
     ({}, {"drop.input": 0.9, "drop.output": 0.8}, (), ()),
     ({}, {"drop.semantics": "keep"}, (), ()),
+    ({}, {"precision": "bfloat16"}, (), STARTS),
+    ({}, {"remat.spatial": "all"}, (), ()),
+    ({}, {"remat.temporal": "blocks"}, (), ()),
 ]
 
 
@@ -594,3 +598,225 @@ def test_odd_map_sizes_are_rounded_down(tiny):
     _, got = traced(tiny(), (1, 8, 50, 70))
     assert got["rgb_map"] == got["flow_map"] == (1, 8, 3, 4, 32)
     assert got["fused"] == (1, 8, 1, 2, 32)
+
+
+# --- what serves inference and large scales ----------------------------------------------------
+
+
+def leaf_sizes(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize(
+    "changes, kept",
+    [
+        ({}, (4,)),
+        ({"streams": "late"}, (4,)),
+        ({"tpn.levels": (4, 2)}, (4,)),
+        ({"tpn.window": 8, "tpn.levels": (1, 4, 8, 8)}, (8,)),
+        ({"lstm.bidirectional": False}, (4,)),
+    ],
+    ids=str,
+)
+def test_a_folded_pyramid_gives_the_same_answers_with_fewer_weights(tiny, changes, kept):
+    network = tiny(changes)
+    params = drawn(network)["params"]
+    folded, fewer = fold_pyramid(network, params)
+    part = folded.rgb if "streams" in changes else folded
+    assert part.tpn.levels == kept
+    assert leaf_sizes(fewer) < leaf_sizes(params)
+    got = folded.apply({"params": fewer}, RGB, FLOW, train=False)[0]
+    expected = network.apply({"params": params}, RGB, FLOW, train=False)[0]
+    np.testing.assert_allclose(got, expected, atol=1e-5 * float(jnp.abs(expected).max()))
+    # What is folded is not folded again.
+    assert fold_pyramid(folded, fewer)[0] == folded
+
+
+def test_levels_that_do_not_divide_the_finest_stay(tiny):
+    network = tiny({"tpn.levels": (4,)})
+    params = drawn(network)["params"]
+    assert fold_pyramid(network, params) == (network, params)
+    network = tiny({"tpn.psi": "max"})
+    assert fold_pyramid(network, params)[0] is network
+    rows = jnp.arange(6.0).reshape(6, 1) + 1  # bins of 1, 2 and 3, one row each
+    np.testing.assert_allclose(
+        _folded(rows, (1, 2, 3)).ravel(), [2, 3, 4 + 1 / 3, 5 + 1 / 3, 6 + 1 / 3]
+    )
+
+
+def test_folding_saves_60_8_million_weights_at_paper_size():
+    network = build_model(PAPER_MODEL, 101)
+    params = traced(network, (1, 24, 224, 224), 8)[0]["params"]
+    fewer = jax.eval_shape(lambda params: fold_pyramid(network, params)[1], params)
+    assert leaf_sizes(params) - leaf_sizes(fewer) == 60_813_312
+
+
+@pytest.mark.parametrize("streams", ["both", "late"])
+def test_views_that_share_frames_score_as_if_alone(tiny, streams):
+    network = tiny({"streams": streams})
+    variables = drawn(network)
+    views = jnp.array(
+        [[0, 1, 2, 3, 4, 5, 6, 7], [7, 7, 6, 5, 5, 3, 1, 0], [0, 0, 2, 2, 4, 4, 6, 6]]
+    )
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def score(rgb, flow, views=None):
+        return network.apply(variables, rgb, flow, train=False, views=views)[0]
+
+    got = score(RGB, FLOW, views)
+    assert got.shape == (2 * 3, CLASSES)
+    for number, view in enumerate(views):
+        expected = score(RGB[:, view], FLOW[:, view])
+        np.testing.assert_allclose(got[number::3], expected, atol=2e-4)
+
+
+def test_views_compute_the_features_of_a_frame_once(tiny):
+    network = tiny()
+    clips = [jax.ShapeDtypeStruct((1, 8, 32, 32, c), jnp.float32) for c in (3, 4)]
+    views = jnp.tile(jnp.arange(8), (5, 1))
+    got = jax.eval_shape(
+        lambda *x: network.apply(drawn(network), *x, train=False, views=views)[1], *clips
+    )
+    assert got["rgb_block5"].shape[:2] == got["flow_block4"].shape[:2] == (1, 8)
+    assert got["rgb_map"].shape[:2] == got["flow_mst1"].shape[:2] == (5, 8)
+
+
+def test_views_need_frames_that_do_not_depend_on_each_other(tiny):
+    network = tiny(GROUP)
+    with pytest.raises(ValueError, match="views share frames.*'group'"):
+        network.apply(drawn(network), RGB, FLOW, train=False, views=jnp.zeros((1, 8), jnp.int32))
+
+
+def test_late_fusion_is_two_networks_and_the_mean_of_their_probabilities(tiny):
+    late = tiny({"streams": "late"})
+    params = drawn(late)["params"]
+    logits, got = late.apply({"params": params}, RGB, FLOW, train=False)
+    assert late.scored == ("rgb_logits", "flow_logits")
+    probabilities = []
+    for name in ("rgb", "flow"):
+        alone = tiny({"streams": name})
+        expected, features = alone.apply({"params": params[name]}, RGB, FLOW, train=False)
+        np.testing.assert_array_equal(got[f"{name}_logits"], expected)
+        np.testing.assert_array_equal(got[f"{name}_fused"], features["fused"])
+        probabilities.append(jax.nn.softmax(expected))
+    np.testing.assert_allclose(jax.nn.softmax(logits), sum(probabilities) / 2, rtol=1e-5)
+    np.testing.assert_allclose(jnp.exp(logits).sum(axis=1), 1, rtol=1e-5)
+
+
+def test_each_network_of_late_fusion_learns_from_its_own_loss(tiny):
+    late = tiny({"streams": "late", "head.pool": "per_step_loss"})
+    assert late.scored == ("rgb_step_logits", "flow_step_logits")
+    params, label = drawn(late)["params"], jnp.array([1, 3])
+
+    def loss(network, params):
+        features = network.apply({"params": params}, RGB, FLOW, train=False)[1]
+        return cross_entropy([features[name] for name in network.scored], label).mean()
+
+    def gradient(network, params):
+        slope = jax.grad(functools.partial(loss, network))
+        return jax.jit(slope, compiler_options=QUICK)(params)
+
+    got = gradient(late, params)
+    for name in ("rgb", "flow"):
+        alone = tiny({"streams": name, "head.pool": "per_step_loss"})
+        expected = gradient(alone, params[name])
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(
+                a, b, atol=1e-5 * float(jnp.abs(b).max()) + 1e-7
+            ),
+            got[name],
+            expected,
+        )
+
+
+def test_bfloat16_computes_maps_low_and_everything_else_high(tiny):
+    exact, low = tiny(GROUP), tiny(GROUP | {"precision": "bfloat16"})
+    variables = drawn(exact)
+    assert {leaf.dtype for leaf in jax.tree.leaves(drawn(low))} == {jnp.dtype("float32")}
+    label = jnp.array([1, 3])
+
+    def loss(network, params):
+        logits, features = network.apply({"params": params}, RGB, FLOW, train=False)
+        return cross_entropy([logits], label).mean(), features
+
+    both = [
+        jax.jit(jax.value_and_grad(functools.partial(loss, network), has_aux=True))(
+            variables["params"]
+        )
+        for network in (exact, low)
+    ]
+    (loss_exact, features_exact), (loss_low, features_low) = both[0][0], both[1][0]
+    kinds = {name: feature.dtype.name for name, feature in features_low.items()}
+    high = {"states", "step_logits", "logits"}
+    assert {name for name, kind in kinds.items() if kind == "float32"} == high
+    assert {kinds[name] for name in kinds.keys() - high} == {"bfloat16"}
+    # 8 bits of mantissa: each of the 30 layers rounds by up to 0.4 %.
+    assert 0 < abs(float(loss_low - loss_exact)) < 0.05 * float(loss_exact)
+    for name in ("rgb_map", "flow_map", "states"):
+        error = np.asarray(features_low[name], np.float32) - np.asarray(features_exact[name])
+        assert 0 < np.abs(error).mean() < 0.05 * np.abs(features_exact[name]).mean(), name
+    # Together: before a normalisation a bias has no gradient, only rounding.
+    low, high = (
+        np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(g)]) for _, g in both[::-1]
+    )
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(both[1][1])} == {"float32"}
+    assert 0 < np.linalg.norm(low - high) < 0.25 * np.linalg.norm(high)
+
+
+@pytest.mark.parametrize("how", ["convolutions", "blocks", "all"])
+def test_forgetting_changes_no_gradient(tiny, how):
+    label = jnp.array([1, 3])
+
+    def gradients(network):
+        def loss(params):
+            logits, _ = network.apply({"params": params}, RGB, FLOW, train=False)
+            return cross_entropy([logits], label).mean()
+
+        return jax.jit(jax.grad(loss), compiler_options=QUICK)(drawn(network)["params"])
+
+    network = tiny({"remat.spatial": how, "remat.temporal": how})
+    assert network == tiny({"remat.spatial": how, "remat.temporal": how})
+    expected = gradients(tiny())
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.abs(b).max())),
+        gradients(network),
+        expected,
+    )
+
+
+def direction(params, part, chance):
+    """A random step of one part of the parameters."""
+    return {
+        name: jax.tree.map(
+            lambda leaf, here=name == part: jnp.asarray(chance.normal(size=leaf.shape)) * here, tree
+        )
+        for name, tree in params.items()
+    }
+
+
+def moved(params, step, size):
+    return jax.tree.map(lambda p, d: p + size * d, params, step)
+
+
+@pytest.mark.parametrize("changes", [{}, GROUP | {"head.pool": "per_step_loss", "tpn.psi": "max"}])
+def test_gradients_are_slopes(tiny, changes):
+    """The gradient of every part against differences of the loss, in float64."""
+    network, label = tiny(changes), jnp.array([1, 3])
+    with jax.enable_x64(True):
+        params, rgb, flow = jax.tree.map(
+            lambda leaf: jnp.asarray(leaf, jnp.float64), (drawn(network)["params"], RGB, FLOW)
+        )
+
+        @functools.partial(jax.jit, compiler_options=QUICK)
+        def loss(params):
+            features = network.apply({"params": params}, rgb, flow, train=False)[1]
+            return cross_entropy([features[name] for name in network.scored], label).mean()
+
+        gradient = jax.jit(jax.grad(loss), compiler_options=QUICK)(params)
+        chance = np.random.default_rng(0)
+        for part in params:
+            step, size = direction(params, part, chance), 1e-7
+            difference = loss(moved(params, step, size)) - loss(moved(params, step, -size))
+            pairs = zip(jax.tree.leaves(gradient), jax.tree.leaves(step), strict=True)
+            slope = float(sum(jnp.vdot(g, d) for g, d in pairs))
+            assert float(difference) / (2 * size) == pytest.approx(slope, rel=1e-4), part

@@ -7,14 +7,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import ucf101
 from stf_jax import train
 from stf_jax.datasets import load_index
+from stf_jax.evaluate import score_batch
 from stf_jax.inputs import Batch
 from stf_jax.parallel import place
 from stf_jax.pipeline import batches
 from stf_jax.records import prepare_records
 from stf_jax.run import Run, Settings, usable_entries
-from stf_jax.train import Interrupted, StageProgress, initial_state, train_stage, train_step
+from stf_jax.train import (
+    Interrupted,
+    StageProgress,
+    abstract_state,
+    initial_state,
+    train_stage,
+    train_step,
+)
 
 
 @pytest.fixture
@@ -237,3 +246,31 @@ def test_a_stage_ends_when_validation_settles(parts):
     assert summary["epochs"] == 3 and "settled" in summary["stopped"]
     # A second call has nothing to do.
     assert train_stage(run, Settings.of(config), "first", index, records) == summary
+
+
+def test_the_steps_of_ucf101_can_be_built_for_a_gpu():
+    """Lowered, not run: no GPU is needed to see that nothing in them is for CPUs only."""
+    settings = Settings.of(ucf101.get_config())
+    size, side = settings.config.batch_size, settings.records.size
+    clip = (size, settings.sampling.num_frames, side, side)
+    shape = jax.ShapeDtypeStruct
+    batch = Batch(
+        rgb=shape((*clip, 3), jnp.uint8),
+        flow=shape((*clip, 8), jnp.uint8),
+        label=shape((size,), jnp.int32),
+        mask=shape((size,), jnp.bool_),
+        entry=shape((size,), jnp.int32),
+        seed=shape((size, 2), jnp.uint32),
+    )
+    state = abstract_state(settings, 101)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    static = {"model": settings.model(101), "inputs": settings.inputs}
+    training = {"optimizer": settings.optimizer, "mesh": settings.mesh}
+    step = jax.export.export(train_step, platforms=["cuda"])(
+        state, batch, key, shape((), jnp.float32), **static, **training
+    )
+    scoring = jax.export.export(score_batch, platforms=["cuda"])(state.params, batch, **static)
+    assert step.platforms == scoring.platforms == ("cuda",)
+    # 39 convolutions; their two gradients each, but for the inputs of the two first ones.
+    assert scoring.mlir_module().count("stablehlo.convolution") == 39
+    assert step.mlir_module().count("stablehlo.convolution") == 3 * 39 - 2

@@ -1,0 +1,131 @@
+"""One device against eight simulated ones: the same numbers, with the collectives one expects."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec
+
+from stf_jax.parallel import check_batch, make_mesh, shardings
+
+# Runs in a process of its own: the number of devices is fixed when JAX starts.
+SCRIPT = """
+import json, sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh
+from stf_jax.inputs import Batch, InputSettings
+from stf_jax.evaluate import score_batch
+from stf_jax.model import build_model
+from stf_jax.optim import OptimizerSettings
+from stf_jax.parallel import divide, make_mesh, place
+from stf_jax.train import initial_state, train_step
+
+config = json.loads(sys.argv[1])
+model = build_model(config, 5)
+chance = np.random.default_rng(0)
+clip = (8, 8, 32, 32)
+batch = Batch(
+    rgb=chance.integers(0, 256, (*clip, 3), np.uint8),
+    flow=chance.integers(0, 256, (*clip, 4), np.uint8),
+    label=chance.integers(0, 5, 8).astype(np.int32),
+    mask=np.array([True] * 7 + [False]),
+    entry=np.arange(8, dtype=np.int32),
+    seed=np.zeros((8, 2), np.uint32),
+)
+inputs = InputSettings(32, "minus1_1", "uv", "const128", 1 / 32, False, False)
+optimizer = OptimizerSettings("sgdm", 0.0, 5.0, ())
+zeros = jnp.zeros((1, 8, 32, 32, 3)), jnp.zeros((1, 8, 32, 32, 4))
+params = jax.jit(lambda key: model.init(key, *zeros, train=False)["params"])(jax.random.key(0))
+params = jax.tree.map(np.asarray, params)
+found = {}
+for name, mesh in {
+    "one": Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model")),
+    "data": make_mesh(),
+    "model": make_mesh(2),
+}.items():
+    state = place(initial_state(params, optimizer), mesh)
+    static = dict(model=model, inputs=inputs, optimizer=optimizer, mesh=mesh)
+    call = (state, divide(batch, mesh), jax.random.key(1), np.float32(0.1))
+    step = train_step.lower(*call, **static).compile()
+    text = step.as_text()
+    scores = score_batch(state.params, divide(batch, mesh), model=model, inputs=inputs)
+    losses = []
+    for _ in range(2):
+        state, loss = step(state, *call[1:])  # refuses a state that lies differently
+        losses.append(float(loss))
+    kernel = state.params["recurrent"]["forward"]["input"]["kernel"]
+    leaves = jax.tree.leaves(jax.tree.map(np.asarray, state.params))
+    found[name] = dict(
+        losses=losses,
+        scores=np.asarray(scores).tolist(),
+        params=[float(np.abs(leaf).sum()) for leaf in leaves],
+        rows=[kernel.shape[0], kernel.addressable_shards[0].data.shape[0]],
+        reduces=text.count(" all-reduce("),
+        gathers=text.count(" all-gather("),
+        clips_of_a_device=int(call[1].rgb.addressable_shards[0].data.shape[0]),
+    )
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_model_settings):
+    config = tiny_model_settings
+    config["drop"] = {"input": 0.0, "output": 0.0, "semantics": "drop"}
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps(config)],
+        capture_output=True, text=True, check=False, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", ["data", "model"])
+def test_eight_devices_compute_what_one_does(runs, name):
+    one, many = runs["one"], runs[name]
+    assert many["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    assert many["params"] == pytest.approx(one["params"], rel=1e-4)
+    for row, expected in zip(many["scores"], one["scores"], strict=True):
+        assert row == pytest.approx(expected, abs=1e-5)
+    assert one["losses"][1] != one["losses"][0]
+
+
+def test_clips_and_matrices_are_divided(runs):
+    assert [runs[name]["clips_of_a_device"] for name in ("one", "data", "model")] == [8, 1, 2]
+    assert runs["data"]["rows"][0] == runs["data"]["rows"][1]
+    assert runs["model"]["rows"][0] == 2 * runs["model"]["rows"][1]
+
+
+def test_the_step_has_the_collectives_of_data_parallelism(runs):
+    assert runs["one"]["reduces"] == runs["one"]["gathers"] == 0
+    # Gradients are summed over devices; weights are never sent around.
+    assert runs["data"]["reduces"] > 0 and runs["data"]["gathers"] == 0
+    assert runs["model"]["reduces"] > 0
+
+
+def test_impossible_divisions_are_named():
+    with pytest.raises(ValueError, match=r"model_devices: got 3, .*number of devices \(1\)"):
+        make_mesh(3)
+    eight = jax.sharding.AbstractMesh((8, 1), ("data", "model"))
+    check_batch(16, eight)
+    with pytest.raises(ValueError, match=r"batch_size: got 12, allowed: multiples of the 8"):
+        check_batch(12, eight)
+
+
+def test_only_the_input_matrices_are_divided():
+    tree = {
+        "recurrent": {"forward": {"input": {"kernel": jnp.zeros((4, 2))}, "cell": jnp.zeros(3)}},
+        "head": jnp.zeros((4, 2)),
+    }
+    specs = jax.tree.map(lambda sharding: sharding.spec, shardings(tree, make_mesh(1)))
+    assert set(jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, PartitionSpec))) == {
+        PartitionSpec()
+    }
