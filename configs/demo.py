@@ -60,6 +60,8 @@ def get_config() -> ConfigDict:
     config.inputs = {
         "crop_size": 32,
         "rgb_preprocess": "minus1_1",
+        "flow_channels": "uv",  # uv_half, mag, gray, u (SPEC 2.3)
+        "flow_mean": "const128",  # per_field, none (SPEC 2.10)
         "flow_scale": 1 / 32,
         "random_crop": True,
         "flip": False,  # left and right are different classes

@@ -66,6 +66,8 @@ def get_config(presets: str = "") -> ConfigDict:
     config.inputs = {
         "crop_size": 224,
         "rgb_preprocess": "caffe",
+        "flow_channels": "uv",  # uv_half, mag, gray, u (SPEC 2.3)
+        "flow_mean": "const128",  # per_field, none (SPEC 2.10)
         "flow_scale": 1.0,
         "random_crop": False,
         "flip": False,

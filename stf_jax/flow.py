@@ -160,7 +160,7 @@ def dequantise(quantised: UInt8[np.ndarray, "*s"], bound: float) -> Float32[np.n
 
 
 @lru_cache(maxsize=1)
-def _colour_wheel() -> np.ndarray:
+def colour_wheel() -> np.ndarray:
     """The 55 hues of the wheel, float64 [55 3] in [0, 1]: six arcs between full colours."""
     red, yellow, green, cyan, blue, magenta = np.array(
         [[1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 1, 1], [0, 0, 1], [1, 0, 1]], np.float64
@@ -194,7 +194,7 @@ def flow_to_colour(
       RGB.
     Source: Baker et al., A Database and Evaluation Methodology for Optical Flow, IJCV 2011.
     """
-    wheel = _colour_wheel()
+    wheel = colour_wheel()
     u, v = flow[..., 0].astype(np.float64), flow[..., 1].astype(np.float64)
     speed = np.hypot(u, v)
     speed = speed / max(float(speed.max()) if max_magnitude is None else max_magnitude, 1e-9)

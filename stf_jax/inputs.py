@@ -7,10 +7,21 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Bool, Float, Int, UInt8, UInt32
+from jaxtyping import Array, Bool, Float, Float32, Int, UInt8, UInt32
+
+from stf_jax.flow import ZERO_FLOW, colour_wheel
 
 # ImageNet means of the three colour channels in the order blue, green, red (SPEC 3.3).
 CAFFE_MEANS_BGR = (103.939, 116.779, 123.68)
+
+# The readings of a stack of flow fields and what each makes of a field without motion.
+STILL_FLOW = {"uv": ZERO_FLOW, "uv_half": ZERO_FLOW, "mag": 0, "gray": 255, "u": ZERO_FLOW}
+
+_CHOICES = {
+    "rgb_preprocess": ("caffe", "zero_one", "minus1_1"),
+    "flow_channels": tuple(STILL_FLOW),
+    "flow_mean": ("const128", "per_field", "none"),
+}
 
 
 class Batch(NamedTuple):
@@ -42,7 +53,12 @@ class InputSettings:
         the centre, or anywhere in training if `random_crop`.
       rgb_preprocess: 'caffe' (blue, green, red minus the ImageNet means; SPEC 3.3), 'zero_one' or
         'minus1_1' (red, green, blue scaled).
-      flow_scale: the quantised flow minus 128 is multiplied by it (SPEC 2.10: 1 or 1/128).
+      flow_channels: what of the L fields around a frame the network sees; see `read_flow` (SPEC
+        2.3).
+      flow_mean: what is subtracted from it (SPEC 2.10): 'const128', the value of a still field,
+        which is 128 for 'uv', 'uv_half' and 'u', 0 for 'mag' and 255 (white) for 'gray';
+        'per_field', the spatial mean of each channel of each frame; or 'none'.
+      flow_scale: what is left is multiplied by it (SPEC 2.10: 1 or 1/128).
       random_crop: training only; the paper has none (SPEC 8.8).
       flip: mirror half of the training clips, colours and flow alike, u negated (SPEC 2.12); the
         paper has none, and it is wrong where left and right are different classes.
@@ -53,19 +69,32 @@ class InputSettings:
 
     crop_size: int
     rgb_preprocess: str
+    flow_channels: str
+    flow_mean: str
     flow_scale: float
     random_crop: bool
     flip: bool
 
     def __post_init__(self) -> None:
         """Checks the values."""
-        allowed = ("caffe", "zero_one", "minus1_1")
-        if self.rgb_preprocess not in allowed:
-            raise ValueError(
-                f"inputs.rgb_preprocess: got {self.rgb_preprocess!r}, one of {allowed}"
-            )
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"inputs.{name}: got {getattr(self, name)!r}, one of {allowed}")
         if self.crop_size < 16:
             raise ValueError(f"inputs.crop_size must be at least 16 px, got {self.crop_size}")
+
+    def channels(self, flow_frames: int) -> int:
+        """Flow channels of the network for stacks of `flow_frames` fields.
+
+        Raises:
+          ValueError: half of the fields do not lie in the middle of the stack.
+        """
+        if self.flow_channels == "uv_half" and flow_frames % 4:
+            raise ValueError(
+                "inputs.flow_channels='uv_half' takes the middle half of the fields: "
+                f"sampling.flow_frames must be divisible by 4, got {flow_frames}"
+            )
+        return 2 * flow_frames if self.flow_channels == "uv" else flow_frames
 
 
 def network_input(
@@ -96,12 +125,53 @@ def network_input(
         )
     else:
         rgb, flow = (_centre_crop(x, settings.crop_size) for x in (batch.rgb, batch.flow))
-    return _normalise_rgb(rgb, settings), (flow.astype(jnp.float32) - 128.0) * settings.flow_scale
+    return _normalise_rgb(rgb, settings), _normalise_flow(flow, settings)
 
 
 def flow_to_pixels(flow: Array, bound: float) -> Array:
     """Quantised flow back to px per frame: uint8 -> float32 (SPEC 2.8 inverted)."""
     return flow.astype(jnp.float32) * (2.0 * bound / 255.0) - bound
+
+
+def read_flow(flow: UInt8[Array, "b t h w c"], reading: str) -> Float32[Array, "b t h w c2"]:
+    """What the network sees of its L fields, on the scale of bytes (SPEC 2.3).
+
+    'uv': u and v of each, 2L channels. 'uv_half': u and v of the L/2 fields in the middle, L
+    channels. 'u': u of each. 'mag': the speed of each, 0 for none to 255 for `records.flow_bound`
+    and more. 'gray': the brightness of each field's picture in the colours of
+    `flow.flow_to_colour`, whose full colour is `records.flow_bound`; white is no motion.
+
+    For speeds and colours 127 and 128 both stand for no motion, so that the mirror image of a
+    still field, whose u is 255 - 128, stands still.
+
+    Args:
+      flow: quantised; u, v of field 1, u, v of field 2, ... of each frame.
+      reading: one of `STILL_FLOW`.
+    """
+    if reading == "uv":
+        return flow.astype(jnp.float32)
+    fields = rearrange(flow, "b t h w (l uv) -> b t h w l uv", uv=2).astype(jnp.float32)
+    if reading == "u":
+        return fields[..., 0]
+    if reading == "uv_half":
+        count = fields.shape[-2] // 2
+        middle = fields[..., count // 2 : count // 2 + count, :]
+        return rearrange(middle, "b t h w l uv -> b t h w (l uv)")
+    motion = (fields - 127.5 - 0.5 * jnp.sign(fields - 127.5)) / 127.0
+    u, v = motion[..., 0], motion[..., 1]
+    speed = jnp.hypot(u, v)
+    if reading == "mag":
+        return 255.0 * jnp.minimum(speed, 1.0)
+    return 255.0 * jnp.where(speed <= 1, 1 - speed * (1 - _grey_hue(u, v)), 0.75 * _grey_hue(u, v))
+
+
+def _grey_hue(u: Array, v: Array) -> Array:
+    """Brightness, 0 to 1, of the full colour of a direction: brightness is linear in colour."""
+    wheel = jnp.asarray(colour_wheel() @ (0.299, 0.587, 0.114), jnp.float32)
+    place = jnp.mod(jnp.arctan2(v, u) / (2 * jnp.pi), 1.0) * (len(wheel) - 1)
+    below = jnp.floor(place).astype(int)
+    share = place - below
+    return (1 - share) * wheel[below] + share * wheel[(below + 1) % len(wheel)]
 
 
 def _centre_crop(clip: Array, size: int) -> Array:
@@ -146,3 +216,12 @@ def _normalise_rgb(rgb: Array, settings: InputSettings) -> Array:
     if settings.rgb_preprocess == "zero_one":
         return rgb / 255.0
     return rgb / 127.5 - 1.0
+
+
+def _normalise_flow(flow: Array, settings: InputSettings) -> Array:
+    read = read_flow(flow, settings.flow_channels)
+    if settings.flow_mean == "const128":
+        read -= float(STILL_FLOW[settings.flow_channels])
+    elif settings.flow_mean == "per_field":
+        read -= read.mean(axis=(2, 3), keepdims=True)
+    return read * settings.flow_scale

@@ -66,11 +66,13 @@ class Settings:
                 f"inputs.crop_size is {config.inputs.crop_size} px but records.size is only "
                 f"{config.records.size} px: lower the first or raise the second"
             )
+        sampling, inputs = SamplingSettings(**config.sampling), InputSettings(**config.inputs)
+        inputs.channels(sampling.flow_frames)
         return cls(
             config=config,
             records=RecordSettings(**config.records),
-            sampling=SamplingSettings(**config.sampling),
-            inputs=InputSettings(**config.inputs),
+            sampling=sampling,
+            inputs=inputs,
             optimizer=OptimizerSettings(**config.optimizer),
             stages={name: StageSettings(**config.stages[name]) for name in config.stage_order},
         )
@@ -92,7 +94,7 @@ class Settings:
     def clip_shapes(self, batch: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of the network's two inputs: rgb `b t h w 3` and flow `b t h w c`."""
         shape = (batch, self.sampling.num_frames, self.inputs.crop_size, self.inputs.crop_size)
-        return (*shape, 3), (*shape, 2 * self.sampling.flow_frames)
+        return (*shape, 3), (*shape, self.inputs.channels(self.sampling.flow_frames))
 
     def initial_params(self, model: Network) -> Params:
         """Random parameters, from the run's seed."""

@@ -5,12 +5,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stf_jax.flow import quantise
-from stf_jax.inputs import Batch, InputSettings, flow_to_pixels, mirror_flow, network_input
+from configs import ucf101
+from stf_jax.flow import dequantise, flow_to_colour, quantise, to_grey
+from stf_jax.inputs import (
+    STILL_FLOW,
+    Batch,
+    InputSettings,
+    flow_to_pixels,
+    mirror_flow,
+    network_input,
+    read_flow,
+)
+from stf_jax.run import Settings
 
 SETTINGS = InputSettings(
-    crop_size=16, rgb_preprocess="caffe", flow_scale=1.0, random_crop=False, flip=False
-)
+    crop_size=16, rgb_preprocess="caffe", flow_channels="uv", flow_mean="const128", flow_scale=1.0,
+    random_crop=False, flip=False,
+)  # fmt: skip
 
 
 def _batch(size=16, count=1, seed=0):
@@ -121,6 +132,130 @@ def test_a_crop_larger_than_the_records_is_refused():
         network_input(_batch(), dataclasses.replace(SETTINGS, crop_size=32), train=False)
 
 
-def test_unknown_preprocessing_is_named():
-    with pytest.raises(ValueError, match="cafe"):
-        dataclasses.replace(SETTINGS, rgb_preprocess="cafe")
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("crop_size", 15, "at least 16"),
+        ("rgb_preprocess", "cafe", "'caffe', 'zero_one', 'minus1_1'"),
+        ("flow_channels", "vu", "'uv', 'uv_half', 'mag', 'gray', 'u'"),
+        ("flow_mean", 128, "'const128', 'per_field', 'none'"),
+    ],
+)
+def test_impossible_inputs_are_named(annotations_off, key, value, allowed):
+    with pytest.raises(ValueError, match=rf"inputs\.{key}\b.*{allowed}"):
+        dataclasses.replace(SETTINGS, **{key: value})
+
+
+# --- readings of the flow stack (SPEC 2.3) and its mean (SPEC 2.10) ---------------------------
+
+
+def _read(field_values, reading):
+    """The channels of one pixel whose L fields are (u, v) bytes."""
+    stack = np.array(field_values, np.uint8).reshape(1, 1, 1, 1, -1)
+    return np.asarray(read_flow(jnp.asarray(stack), reading)).ravel()
+
+
+def test_each_reading_by_hand():
+    fields = [(0, 128), (129, 140), (130, 150), (128, 255)]
+    assert _read(fields, "uv").tolist() == [0, 128, 129, 140, 130, 150, 128, 255]
+    assert _read(fields, "uv_half").tolist() == [129, 140, 130, 150]
+    assert _read(fields, "u").tolist() == [0, 129, 130, 128]
+    # From 128 up and from 127 down, the bound is 127 steps away.
+    steps = np.array([127, np.hypot(1, 12), np.hypot(2, 22), 127])
+    np.testing.assert_allclose(_read(fields, "mag"), steps * 255 / 127, rtol=1e-6)
+    np.testing.assert_allclose(_read([(255, 255), (0, 0)], "mag"), 255)  # beyond the bound
+    # Right is red, straight up and down between hues, left light blue; half speed is paler.
+    assert _read([(255, 128)], "gray") == pytest.approx(0.299 * 255, abs=1e-3)
+    half = 255 * (1 - 63 / 127 * (1 - 0.299))
+    assert _read([(191, 127)], "gray") == pytest.approx(half, abs=1e-3)
+
+
+def test_gray_is_the_grey_of_the_colour_picture():
+    rng = np.random.default_rng(3)
+    flow = rng.integers(0, 256, (1, 1, 40, 40, 8), np.uint8)
+    grey = np.asarray(read_flow(jnp.asarray(flow), "gray"))
+    for k in range(4):
+        # The picture is drawn from px: zero lies between 127 and 128, half a step from both.
+        field = dequantise(flow[0, 0, ..., 2 * k : 2 * k + 2], 127.5).astype(np.float32)
+        field -= np.sign(field) / 2
+        picture = to_grey(flow_to_colour(field, max_magnitude=127.0))
+        assert np.abs(grey[0, 0, ..., k] - picture).max() < 1.6  # both roundings of the picture
+    assert grey.std() > 20
+
+
+@pytest.mark.parametrize("reading", STILL_FLOW)
+@pytest.mark.parametrize("mean", ["const128", "per_field"])
+def test_a_still_video_is_zero(reading, mean):
+    settings = dataclasses.replace(SETTINGS, flow_channels=reading, flow_mean=mean)
+    batch = _batch()._replace(flow=jnp.full((1, 3, 16, 16, 8), 128, jnp.uint8))
+    _, flow = network_input(batch, settings, train=False)
+    np.testing.assert_array_equal(flow, 0)
+
+
+def _negated(flow, reading):
+    """Mirrors network flow of a reading: left and right swapped, u negated about 127.5."""
+    flow = np.array(flow)[:, :, ::-1]
+    if reading == "u":
+        return -1 - flow
+    if reading in ("uv", "uv_half"):
+        flow[..., 0::2] = -1 - flow[..., 0::2]
+    return flow  # a speed is the same both ways
+
+
+@pytest.mark.parametrize("reading", STILL_FLOW)
+def test_a_flipped_clip_moves_the_other_way(reading):
+    """Flipped means mirrored before it is read: the colour of -u, not a mirrored colour."""
+    settings = dataclasses.replace(SETTINGS, flow_channels=reading)
+    batch = _batch(count=12)
+    plain = np.asarray(network_input(batch, settings, train=False)[1])
+    trained = network_input(batch, dataclasses.replace(settings, flip=True), train=True)[1]
+    back = jnp.stack([mirror_flow(clip) for clip in batch.flow])
+    opposite = np.asarray(network_input(batch._replace(flow=back), settings, train=False)[1])
+    flipped = [not np.array_equal(a, b) for a, b in zip(trained, plain, strict=True)]
+    assert 0 < sum(flipped) < 12
+    for i in range(12):
+        np.testing.assert_array_equal(trained[i], (opposite if flipped[i] else plain)[i])
+        if reading != "gray":
+            np.testing.assert_allclose(opposite[i], _negated(plain[i], reading), atol=1e-4)
+    if reading == "gray":  # the opposite direction has another hue
+        assert np.abs(opposite - plain[:, :, :, ::-1]).max() > 50
+
+
+@pytest.mark.parametrize("reading", ["mag", "gray"])
+def test_a_still_clip_stays_still_when_flipped(reading):
+    settings = dataclasses.replace(SETTINGS, flow_channels=reading, flip=True)
+    still = jnp.full((12, 3, 16, 16, 8), 128, jnp.uint8)
+    _, flow = network_input(_batch(count=12)._replace(flow=still), settings, train=True)
+    np.testing.assert_array_equal(flow, 0)
+
+
+def test_means_of_the_flow():
+    batch = _batch(size=20)
+    bytes_ = np.asarray(batch.flow, np.float64)[:, :, 2:18, 2:18]
+    per_field = dataclasses.replace(SETTINGS, flow_mean="per_field", flow_scale=0.5)
+    expected = (bytes_ - bytes_.mean(axis=(2, 3), keepdims=True)) / 2
+    np.testing.assert_allclose(network_input(batch, per_field, train=False)[1], expected, atol=1e-4)
+    none = dataclasses.replace(SETTINGS, flow_mean="none")
+    np.testing.assert_array_equal(network_input(batch, none, train=False)[1], bytes_)
+
+
+@pytest.mark.parametrize("reading", STILL_FLOW)
+def test_channels_say_what_the_network_gets(reading):
+    config = ucf101.get_config("laptop")
+    config.inputs.flow_channels = reading
+    settings = Settings.of(config)
+    rgb_shape, flow_shape = settings.clip_shapes(1)
+    batch = _batch(size=64)
+    rgb, flow = network_input(batch, settings.inputs, train=False)
+    assert rgb.shape[2:] == rgb_shape[2:] and flow.shape[2:] == flow_shape[2:]
+    assert flow.shape[-1] == (8 if reading == "uv" else 4)  # L = 4
+    # The first layer of the network is that wide: 8 filters of 3 x 3.
+    kernels = jax.tree.leaves(settings.abstract_params(5))
+    assert (3, 3, flow.shape[-1], 8) in [leaf.shape for leaf in kernels]
+
+
+def test_half_of_a_stack_must_lie_in_its_middle():
+    config = ucf101.get_config("laptop")
+    config.inputs.flow_channels, config.sampling.flow_frames = "uv_half", 6
+    with pytest.raises(ValueError, match="uv_half.*flow_frames must be divisible by 4, got 6"):
+        Settings.of(config)
