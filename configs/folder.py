@@ -62,6 +62,7 @@ def get_config(presets: str = "") -> ConfigDict:
         "eval": "frac",  # int, int_centred (SPEC 1.8)
         "flow_edge": "clamp",  # inset (SPEC 2.6)
         "flow_pad": "zero",  # repeat_last (SPEC 2.7)
+        "flow_step": "frame",  # stride: between the frames of the clip (SPEC 2.5)
     }
     config.inputs = {
         "crop_size": 224,

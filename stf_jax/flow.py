@@ -61,6 +61,15 @@ def make_flow(algorithm: str) -> FlowFunction:
     return flow
 
 
+def use_one_thread() -> None:
+    """Sets OpenCV to one thread for the whole process, for who computes flow in several threads.
+
+    The functions of `make_flow` set it for themselves and back again, which would not do: the one
+    that ends first would set it back for the others.
+    """
+    cv2.setNumThreads(1)
+
+
 def _dis() -> FlowFunction:
     def compute(previous: np.ndarray, following: np.ndarray) -> np.ndarray:
         dis = cv2.DISOpticalFlow_create(  # type: ignore[attr-defined]

@@ -12,9 +12,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import tensorflow as tf
 
+from stf_jax import flow as optical_flow
 from stf_jax.datasets import ClipEntry
-from stf_jax.flow import ZERO_FLOW
 from stf_jax.inputs import Batch
+from stf_jax.prepare import RecordSettings
 from stf_jax.records import Records
 
 _CHOICES = {
@@ -24,6 +25,7 @@ _CHOICES = {
     "eval": ("frac", "int", "int_centred"),
     "flow_edge": ("clamp", "inset"),
     "flow_pad": ("zero", "repeat_last"),
+    "flow_step": ("frame", "stride"),
 }
 
 
@@ -48,6 +50,9 @@ class SamplingSettings:
         frames away from the ends so that none does (SPEC 2.6).
       flow_pad: the window of a frame repeated past the end: 'zero', no motion, or 'repeat_last',
         the window of the last frame (SPEC 2.7).
+      flow_step: 'frame' reads the stored fields, between neighbouring frames of the video; 'stride'
+        computes them anew between neighbouring frames of the clip (SPEC 2.5), which is then a
+        video of its own: it knows no `flow_edge` and no `flow_pad` but the default ones.
 
     Raises:
       ValueError: an impossible value (names it).
@@ -62,6 +67,7 @@ class SamplingSettings:
     eval: str
     flow_edge: str
     flow_pad: str
+    flow_step: str
 
     def __post_init__(self) -> None:
         """Checks the values."""
@@ -77,6 +83,11 @@ class SamplingSettings:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"sampling.{name}: got {getattr(self, name)!r}, one of {allowed}")
+        if self.flow_step == "stride" and (self.flow_edge, self.flow_pad) != ("clamp", "zero"):
+            raise ValueError(
+                "sampling.flow_step='stride' takes no stored fields: flow_edge must be 'clamp' and "
+                f"flow_pad 'zero', got {self.flow_edge!r} and {self.flow_pad!r}"
+            )
 
 
 def clip_indices(
@@ -232,7 +243,11 @@ def flow_indices(
 
 
 def decode_clip(
-    frames: tf.Tensor, flow: tf.Tensor, wanted: tf.Tensor, settings: SamplingSettings, size: int
+    frames: tf.Tensor,
+    flow: tf.Tensor,
+    wanted: tf.Tensor,
+    settings: SamplingSettings,
+    stored: RecordSettings,
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Decodes just the frames and fields that a clip needs.
 
@@ -241,21 +256,33 @@ def decode_clip(
       flow: string `n-1`, JPEG fields, u above v.
       wanted: int32 `t` from a sampler.
       settings: see there.
-      size: stored side, px.
+      stored: how the frames and fields were made.
 
     Returns:
       uint8 `t h w 3` and uint8 `t h w 2L`, channels u, v of the first field, then of the next.
     """
-    total = tf.size(frames)
+    total, size = tf.size(frames), stored.size
+    shown = frame_indices(wanted, total)
     rgb = tf.map_fn(
         lambda data: tf.ensure_shape(_jpeg(data, 3), [size, size, 3]),
-        tf.gather(frames, frame_indices(wanted, total)),
+        tf.gather(frames, shown),
         fn_output_signature=tf.TensorSpec([size, size, 3], tf.uint8),
     )
-    windows = flow_indices(wanted, total, settings)
+    count = settings.num_frames
+    if settings.flow_step == "frame":
+        stacks = _stored_fields(flow, flow_indices(wanted, total, settings), size)
+    else:
+        windows = flow_indices(tf.range(count), tf.constant(count), settings)
+        stacks = tf.gather(_clip_fields(rgb, shown, stored), windows)
+    stacks = tf.reshape(stacks, [count, 2 * settings.flow_frames, size, size])
+    return rgb, tf.transpose(stacks, [0, 2, 3, 1])
+
+
+def _stored_fields(flow: tf.Tensor, windows: tf.Tensor, size: int) -> tf.Tensor:
+    """The stored fields of each window, uint8 `(t l) 2 h w`."""
     # Neighbouring windows overlap when the stride is below L: decode every field once.
     needed, where = tf.unique(tf.reshape(windows, [-1]))
-    still = tf.fill([2, size, size], tf.constant(ZERO_FLOW, tf.uint8))
+    still = tf.fill([2, size, size], tf.constant(optical_flow.ZERO_FLOW, tf.uint8))
 
     def field(index: tf.Tensor) -> tf.Tensor:
         return tf.cond(
@@ -267,10 +294,34 @@ def decode_clip(
         )
 
     fields = tf.map_fn(field, needed, fn_output_signature=tf.TensorSpec([2, size, size], tf.uint8))
-    stacks = tf.reshape(
-        tf.gather(fields, where), [settings.num_frames, 2 * settings.flow_frames, size, size]
-    )
-    return rgb, tf.transpose(stacks, [0, 2, 3, 1])
+    return tf.gather(fields, where)
+
+
+def _clip_fields(rgb: tf.Tensor, shown: tf.Tensor, stored: RecordSettings) -> tf.Tensor:
+    """Flow from each frame of a clip to the next, uint8 `t-1 2 h w` (SPEC 2.5).
+
+    By the algorithm of the stored fields and quantised as they are, but on the stored frames, at
+    their size; `flow_bound` now truncates px per stride. A frame repeated past the end of its
+    video does not move.
+
+    Args:
+      rgb: uint8 `t h w 3`.
+      shown: int32 `t`, which frames of the video these are.
+      stored: names algorithm and bound.
+    """
+    compute = optical_flow.make_flow(stored.flow_algorithm)
+    optical_flow.use_one_thread()
+
+    def motion(frames: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        greys = [optical_flow.to_grey(frame) for frame in frames]
+        fields = np.zeros((len(frames) - 1, *frames.shape[1:3], 2), np.float32)
+        for k in np.flatnonzero(np.diff(numbers)):
+            fields[k] = compute(greys[k], greys[k + 1])
+        quantised = optical_flow.quantise(fields, stored.flow_bound)
+        return np.ascontiguousarray(quantised.transpose(0, 3, 1, 2))
+
+    fields = tf.numpy_function(motion, [rgb, shown], tf.uint8)
+    return tf.ensure_shape(fields, [rgb.shape[0] - 1, 2, stored.size, stored.size])
 
 
 def _jpeg(data: tf.Tensor, channels: int) -> tf.Tensor:
@@ -352,7 +403,7 @@ def batches(
         total = tf.size(example["frames"])
         wanted = clip_indices(total, settings, tf.bitcast(random, tf.int32) if train else None)
         rgb, flow = decode_clip(
-            example["frames"], example["flow"], wanted, settings, records.settings.size
+            example["frames"], example["flow"], wanted, settings, records.settings
         )
         return rgb, flow, tf.gather(labels, tf.maximum(entry, 0)), entry >= 0, entry, random
 

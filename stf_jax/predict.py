@@ -12,18 +12,21 @@ from stf_jax.evaluate import score_batch
 from stf_jax.inputs import Batch
 from stf_jax.model import Network, fold_pyramid
 from stf_jax.pipeline import SamplingSettings, clip_indices, decode_clip
-from stf_jax.prepare import EncodedVideo, encode_video
+from stf_jax.prepare import EncodedVideo, RecordSettings, encode_video
 from stf_jax.run import Run, Settings
 
 
 def clip_of(
-    frames: tuple[bytes, ...], flow: tuple[bytes, ...], sampling: SamplingSettings, size: int
+    frames: tuple[bytes, ...],
+    flow: tuple[bytes, ...],
+    sampling: SamplingSettings,
+    stored: RecordSettings,
 ) -> Batch:
     """The one deterministic clip of a video (SPEC 1.8) as a batch of one."""
     wanted = clip_indices(tf.constant(len(frames), tf.int32), sampling, seed=None)
     # A one-frame video has no flow; tf.constant cannot tell the type of an empty tuple.
     fields = tf.constant(list(flow), tf.string, shape=[len(flow)])
-    rgb, stacks = decode_clip(tf.constant(list(frames)), fields, wanted, sampling, size)
+    rgb, stacks = decode_clip(tf.constant(list(frames)), fields, wanted, sampling, stored)
     return Batch(
         rgb=rgb.numpy()[None],
         flow=stacks.numpy()[None],
@@ -80,6 +83,6 @@ class Predictor:
     def score(self, video: EncodedVideo) -> np.ndarray:
         """Class probabilities of an encoded video, float32 `k`."""
         settings = self.settings
-        clip = clip_of(video.frames, video.flow, settings.sampling, settings.records.size)
+        clip = clip_of(video.frames, video.flow, settings.sampling, settings.records)
         probabilities = score_batch(self.params, clip, model=self.model, inputs=settings.inputs)
         return np.asarray(probabilities)[0]

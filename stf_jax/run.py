@@ -66,6 +66,11 @@ class Settings:
                 f"inputs.crop_size is {config.inputs.crop_size} px but records.size is only "
                 f"{config.records.size} px: lower the first or raise the second"
             )
+        if config.sampling.flow_step == "stride" and config.records.size < 32:
+            raise ValueError(
+                "sampling.flow_step='stride' computes flow on the stored frames: records.size must "
+                f"be at least 32 px, got {config.records.size}"
+            )
         sampling, inputs = SamplingSettings(**config.sampling), InputSettings(**config.inputs)
         inputs.channels(sampling.flow_frames)
         return cls(

@@ -1,12 +1,15 @@
 import dataclasses
+import itertools
 from collections import Counter
 
+import cv2
 import numpy as np
 import pytest
 import tensorflow as tf
 
 from stf_jax import prepare
 from stf_jax.datasets import ClipEntry, VideoIndex
+from stf_jax.flow import dequantise, make_flow, quantise
 from stf_jax.pipeline import (
     SamplingSettings,
     batches,
@@ -18,10 +21,12 @@ from stf_jax.pipeline import (
     steps_per_epoch,
 )
 from stf_jax.predict import clip_of
+from stf_jax.run import Settings
 
 PAPER = SamplingSettings(
     num_frames=24, frame_stride=(2, 10), flow_frames=4, stride_per="clip",
     short_policy="clip_tau", train="tau", eval="frac", flow_edge="clamp", flow_pad="zero",
+    flow_step="frame",
 )  # fmt: skip
 SHORT = dataclasses.replace(PAPER, num_frames=8, frame_stride=(2, 4))
 _train = tf.function(clip_indices, reduce_retracing=True, autograph=False)
@@ -103,6 +108,7 @@ def test_repeated_frames_do_not_move():
         ("eval", 1, "'frac', 'int', 'int_centred'"),
         ("flow_edge", True, "'clamp', 'inset'"),
         ("flow_pad", "", "'zero', 'repeat_last'"),
+        ("flow_step", 1, "'frame', 'stride'"),
     ],
 )
 def test_impossible_sampling_is_named(annotations_off, key, value, allowed):
@@ -325,13 +331,75 @@ def test_clip_holds_the_frames_and_fields_of_the_video(tiny_records):
 def test_prediction_reads_the_evaluations_clip(tiny_records):
     index, records = tiny_records
     other = dataclasses.replace(SHORT, eval="int_centred", flow_edge="inset")
-    for sampling in (SHORT, other):
+    between = dataclasses.replace(SHORT, flow_step="stride")
+    for sampling in (SHORT, other, between):
         batch = _stream(tiny_records, sampling, batch_size=1, train=False)[-1]
         entry = index.entries[int(batch.entry[0])]
         example = records.parse(tf.constant(records.read(records.rows[entry.video_id].record)))
         stored = (tuple(example[key].numpy().tolist()) for key in ("frames", "flow"))
-        clip = clip_of(*stored, sampling, records.settings.size)
+        clip = clip_of(*stored, sampling, records.settings)
         assert np.array_equal(clip.rgb, batch.rgb) and np.array_equal(clip.flow, batch.flow)
+
+
+def _moving(records, count, step):
+    """JPEG frames of a texture that moves right by `step` px per frame and down by half of it."""
+    size = records.size
+    noise = np.random.default_rng(0).integers(0, 256, (24, 24, 1)).astype(np.float32)
+    ground = cv2.resize(noise, (4 * size, 4 * size), interpolation=cv2.INTER_CUBIC).clip(0, 255)
+    frames = []
+    for k in range(count):
+        top, left = 2 * size - k * step // 2, 2 * size - k * step
+        view = np.repeat(ground[top : top + size, left : left + size, None], 3, axis=2)
+        frames.append(cv2.imencode(".png", view.astype(np.uint8))[1].tobytes())
+    return tuple(frames)
+
+
+@pytest.mark.parametrize("algorithm", ["dis", "farneback"])
+def test_flow_between_the_frames_of_a_clip(tiny_records, algorithm):
+    """Field j takes sampled frame j to j + 1: strides of 2 frames at 2 px move 4 px, down 2."""
+    stored = dataclasses.replace(
+        tiny_records[1].settings, size=64, flow_bound=10.0, flow_algorithm=algorithm
+    )
+    between = dataclasses.replace(PAPER, num_frames=4, flow_step="stride")
+    frames = _moving(stored, 8, 2)
+    unread = (b"",) * 7  # no stored field is touched
+    clip = clip_of(frames, unread, between, stored)  # frames 0, 2, 4, 6
+    moved = dequantise(clip.flow[0, :, 16:-16, 16:-16], 10.0).mean(axis=(1, 2))
+    np.testing.assert_allclose(moved, np.tile([4.0, 2.0], (4, 4)), atol=0.4)
+
+
+def test_the_window_of_a_clip_of_its_own(tiny_records):
+    """Frame k reads fields k - 2 to k + 1 of the clip, clamped; a repeated frame stands still."""
+    stored = dataclasses.replace(tiny_records[1].settings, size=48, flow_bound=10.0)
+    between = dataclasses.replace(PAPER, num_frames=6, flow_step="stride")
+    frames = _moving(stored, 4, 1)
+    # Four frames and two repeats: fields 0, 1 and 2 move, 3 and 4 do not.
+    frames = (*frames[:2], *_moving(stored, 10, 3)[8:])
+    flow = clip_of(frames, (b"",) * 3, between, stored).flow[0]
+    greys = [cv2.imdecode(np.frombuffer(f, np.uint8), cv2.IMREAD_GRAYSCALE) for f in frames]
+    compute = make_flow("dis")
+    fields = [quantise(compute(a, b), 10.0) for a, b in itertools.pairwise(greys)]
+    assert len({field.tobytes() for field in fields}) == 3
+    fields += [np.full_like(fields[0], 128)] * 2
+    for k, window in enumerate(
+        [[0, 0, 0, 1], [0, 0, 1, 2], [0, 1, 2, 3], [1, 2, 3, 4], [2, 3, 4, 4], [3, 4, 4, 4]]
+    ):
+        expected = np.concatenate([fields[j] for j in window], axis=-1)
+        np.testing.assert_array_equal(flow[k], expected)
+
+
+@pytest.mark.parametrize("other", [{"flow_edge": "inset"}, {"flow_pad": "repeat_last"}])
+def test_a_clip_of_its_own_has_no_stored_fields_to_choose(other):
+    with pytest.raises(ValueError, match=f"flow_step='stride' .*{next(iter(other.values()))}"):
+        dataclasses.replace(PAPER, flow_step="stride", **other)
+
+
+def test_flow_is_not_computed_on_frames_too_small_for_it(tiny_config):
+    tiny_config.sampling.flow_step = "stride"
+    Settings.of(tiny_config)
+    tiny_config.records.size = tiny_config.inputs.crop_size = 24
+    with pytest.raises(ValueError, match="records.size must be at least 32 px, got 24"):
+        Settings.of(tiny_config)
 
 
 def test_a_one_frame_video_stands_still(tmp_path, make_video):
@@ -349,7 +417,8 @@ def test_a_one_frame_video_stands_still(tmp_path, make_video):
         max_frames=1000, max_seconds=60.0, timeout=60.0, workers=1,
     )  # fmt: skip
     records = prepare_records(index, settings)
-    for train in (True, False):
-        (batch,) = batches(records, index.entries, SHORT, batch_size=1, train=train)
+    between = dataclasses.replace(SHORT, flow_step="stride")
+    for sampling, train in itertools.product((SHORT, between), (True, False)):
+        (batch,) = batches(records, index.entries, sampling, batch_size=1, train=train)
         assert (batch.flow == 128).all()
         assert (batch.rgb == batch.rgb[:, :1]).all()
