@@ -35,6 +35,7 @@ def get_config() -> ConfigDict:
     config.records = {
         "root": "records",
         "size": 40,
+        "resize": "squash",  # short_side: keeps the aspect (SPEC 3.2)
         "flow_size": 96,  # px, the size of the videos
         "flow_algorithm": "dis",
         "flow_bound": 4.0,  # px per frame, of 40

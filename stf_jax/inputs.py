@@ -59,7 +59,8 @@ class InputSettings:
         which is 128 for 'uv', 'uv_half' and 'u', 0 for 'mag' and 255 (white) for 'gray';
         'per_field', the spatial mean of each channel of each frame; or 'none'.
       flow_scale: what is left is multiplied by it (SPEC 2.10: 1 or 1/128).
-      random_crop: training only; the paper has none (SPEC 8.8).
+      random_crop: training only; the paper has none (SPEC 8.8). With `records.resize='short_side'`
+        it also moves the stored square along the longer side of the frame (SPEC 3.2).
       flip: mirror half of the training clips, colours and flow alike, u negated (SPEC 2.12); the
         paper has none, and it is wrong where left and right are different classes.
 

@@ -248,8 +248,12 @@ def decode_clip(
     wanted: tf.Tensor,
     settings: SamplingSettings,
     stored: RecordSettings,
+    seed: tf.Tensor | None = None,
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Decodes just the frames and fields that a clip needs.
+
+    Of frames that kept their aspect (`records.resize`) it returns a square from along the longer
+    side, the same of every frame and field: batches need one shape.
 
     Args:
       frames: string `n`, JPEG frames of the video.
@@ -257,20 +261,22 @@ def decode_clip(
       wanted: int32 `t` from a sampler.
       settings: see there.
       stored: how the frames and fields were made.
+      seed: int32 `2`, of where the square lies; None takes it from the centre.
 
     Returns:
       uint8 `t h w 3` and uint8 `t h w 2L`, channels u, v of the first field, then of the next.
     """
     total, size = tf.size(frames), stored.size
     shown = frame_indices(wanted, total)
+    corner = _corner(frames[0], size, seed)
     rgb = tf.map_fn(
-        lambda data: tf.ensure_shape(_jpeg(data, 3), [size, size, 3]),
+        lambda data: _cut(_jpeg(data, 3)[None], corner, size)[0],
         tf.gather(frames, shown),
         fn_output_signature=tf.TensorSpec([size, size, 3], tf.uint8),
     )
     count = settings.num_frames
     if settings.flow_step == "frame":
-        stacks = _stored_fields(flow, flow_indices(wanted, total, settings), size)
+        stacks = _stored_fields(flow, flow_indices(wanted, total, settings), corner, size)
     else:
         windows = flow_indices(tf.range(count), tf.constant(count), settings)
         stacks = tf.gather(_clip_fields(rgb, shown, stored), windows)
@@ -278,22 +284,39 @@ def decode_clip(
     return rgb, tf.transpose(stacks, [0, 2, 3, 1])
 
 
-def _stored_fields(flow: tf.Tensor, windows: tf.Tensor, size: int) -> tf.Tensor:
+def _corner(frame: tf.Tensor, size: int, seed: tf.Tensor | None) -> tf.Tensor:
+    """Top and left of the square that is cut from a video, int32 `2`: central, or anywhere."""
+    room = tf.io.extract_jpeg_shape(frame)[:2] - size
+    if seed is None:
+        return room // 2
+    # Only one of the sides has room; squashed frames have none.
+    most = tf.reduce_max(room) + 1
+    drawn = tf.random.stateless_uniform([], tf.random.fold_in(seed, 3), 0, most, tf.int32)
+    return tf.minimum(drawn, room)
+
+
+def _cut(images: tf.Tensor, corner: tf.Tensor, size: int) -> tf.Tensor:
+    """A square of each image: `n h w c` -> `n size size c`."""
+    top, left = corner[0], corner[1]
+    square = images[:, top : top + size, left : left + size]
+    return tf.ensure_shape(square, [None, size, size, images.shape[-1]])
+
+
+def _stored_fields(flow: tf.Tensor, windows: tf.Tensor, corner: tf.Tensor, size: int) -> tf.Tensor:
     """The stored fields of each window, uint8 `(t l) 2 h w`."""
     # Neighbouring windows overlap when the stride is below L: decode every field once.
     needed, where = tf.unique(tf.reshape(windows, [-1]))
     still = tf.fill([2, size, size], tf.constant(optical_flow.ZERO_FLOW, tf.uint8))
 
     def field(index: tf.Tensor) -> tf.Tensor:
-        return tf.cond(
-            index < 0,
-            lambda: still,
-            lambda: tf.reshape(
-                tf.ensure_shape(_jpeg(flow[index], 1), [2 * size, size, 1]), [2, size, size]
-            ),
-        )
+        u_above_v = _jpeg(flow[index], 1)
+        both = tf.reshape(u_above_v, [2, -1, tf.shape(u_above_v)[1], 1])
+        return tf.ensure_shape(_cut(both, corner, size)[..., 0], [2, size, size])
 
-    fields = tf.map_fn(field, needed, fn_output_signature=tf.TensorSpec([2, size, size], tf.uint8))
+    def moving(index: tf.Tensor) -> tf.Tensor:
+        return tf.cond(index < 0, lambda: still, lambda: field(index))
+
+    fields = tf.map_fn(moving, needed, fn_output_signature=tf.TensorSpec([2, size, size], tf.uint8))
     return tf.gather(fields, where)
 
 
@@ -354,6 +377,7 @@ def batches(
     batch_size: int,
     train: bool,
     seed: int = 0,
+    random_crop: bool = False,
     start_step: int = 0,
     stop_step: int | None = None,
 ) -> Iterator[Batch]:
@@ -370,6 +394,8 @@ def batches(
       batch_size: rows per batch.
       train: random order and sampling, or evaluation's.
       seed: of order and sampling.
+      random_crop: of frames that kept their aspect, train on a square from anywhere along the
+        longer side instead of the central one (see `decode_clip`).
       start_step: first step to yield.
       stop_step: first step not to yield; None means the end of the first epoch.
 
@@ -401,9 +427,15 @@ def batches(
         example = records.parse(tf.ensure_shape(serialised, []))
         entry, random = tf.ensure_shape(entry, []), tf.ensure_shape(random, [2])
         total = tf.size(example["frames"])
-        wanted = clip_indices(total, settings, tf.bitcast(random, tf.int32) if train else None)
+        chance = tf.bitcast(random, tf.int32) if train else None
+        wanted = clip_indices(total, settings, chance)
         rgb, flow = decode_clip(
-            example["frames"], example["flow"], wanted, settings, records.settings
+            example["frames"],
+            example["flow"],
+            wanted,
+            settings,
+            records.settings,
+            chance if random_crop else None,
         )
         return rgb, flow, tf.gather(labels, tf.maximum(entry, 0)), entry >= 0, entry, random
 

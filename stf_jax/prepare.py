@@ -34,6 +34,10 @@ from stf_jax.video import Limits, VideoFault, VideoInfo, VideoReader
 # Raised when the meaning of the stored bytes changes, so that old caches are never mixed in.
 FORMAT = 1
 
+_RESIZES = ("squash", "short_side")
+# The longest side that libjpeg takes, px.
+_JPEG_LIMIT = 65500
+
 
 @dataclasses.dataclass(frozen=True)
 class RecordSettings:
@@ -41,9 +45,11 @@ class RecordSettings:
 
     Args:
       root: folder that holds one sub-folder per data set and settings.
-      size: side of the stored square frames and flow fields, px (SPEC 3.2: direct squash).
-      flow_size: side of the square frames that flow is computed on, px; the field is then scaled
-        to `size` together with its values (SPEC 2.9).
+      size: side of the stored square frames and flow fields, px, or their shorter side.
+      resize: 'squash' makes every frame square; 'short_side' keeps its aspect, and whoever reads
+        it cuts a square from along its longer side (SPEC 3.2).
+      flow_size: side, or shorter side, of the frames that flow is computed on, px; the field is
+        then scaled to `size` together with its values (SPEC 2.9).
       flow_algorithm: one of `stf_jax.flow.FLOW_ALGORITHMS` (SPEC 2.1).
       flow_bound: truncation of flow in px per frame at the stored size (SPEC 2.8).
       jpeg_quality: 1 to 100, of frames and of flow (SPEC 2.11: at least 95 for flow).
@@ -60,6 +66,7 @@ class RecordSettings:
 
     root: str
     size: int
+    resize: str
     flow_size: int
     flow_algorithm: str
     flow_bound: float
@@ -74,6 +81,8 @@ class RecordSettings:
     def __post_init__(self) -> None:
         """Checks what would otherwise fail in the first worker."""
         optical_flow.make_flow(self.flow_algorithm)
+        if self.resize not in _RESIZES:
+            raise ValueError(f"records.resize: got {self.resize!r}, one of {_RESIZES}")
         for name, low, high in (
             ("size", 16, 2048),
             ("flow_size", 32, 2048),
@@ -132,9 +141,10 @@ class EncodedVideo:
     """A decoded video as it is stored.
 
     Args:
-      frames: JPEG of each RGB frame, uint8 [size size 3].
-      flow: JPEG of each field between consecutive frames, grey uint8 [2*size size]: u above v,
-        quantised; one fewer than frames.
+      frames: JPEG of each RGB frame, uint8 [h w 3]; h and w are `size` if squashed, and the
+        smaller of them is otherwise.
+      flow: JPEG of each field between consecutive frames, grey uint8 [2h w]: u above v, quantised;
+        one fewer than frames.
       info: what the decoder found.
     """
 
@@ -153,11 +163,17 @@ def encode_video(path: Path, settings: RecordSettings) -> EncodedVideo:
       VideoFault: the file is not a video that can be used.
     """
     compute = optical_flow.make_flow(settings.flow_algorithm)
-    stored, motion = (settings.size,) * 2, (settings.flow_size,) * 2
+    stored = motion = (0, 0)
     reader = VideoReader(path, settings.limits())
     frames, fields = [], []
     previous: np.ndarray | None = None
     for frame in reader:
+        if previous is None:  # The first frame speaks for all: a video has one shape.
+            stored = _sides(frame, settings.size, settings.resize)
+            motion = _sides(frame, settings.flow_size, settings.resize)
+            if max(2 * stored[0], stored[1]) > _JPEG_LIMIT:
+                reason = f"too long and narrow: {frame.shape[1]}x{frame.shape[0]} px"
+                raise VideoFault(path, reason, "records.resize='squash' can store it.")
         frames.append(_jpeg(_resize(frame, stored)[..., ::-1], settings.jpeg_quality))
         grey = optical_flow.to_grey(_resize(frame, motion))
         if previous is not None:
@@ -169,8 +185,17 @@ def encode_video(path: Path, settings: RecordSettings) -> EncodedVideo:
     return EncodedVideo(tuple(frames), tuple(fields), reader.info)
 
 
+def _sides(frame: np.ndarray, side: int, resize: str) -> tuple[int, int]:
+    """Height and width that a frame is brought to."""
+    if resize == "squash":
+        return side, side
+    height, width = frame.shape[:2]
+    shorter = min(height, width)
+    return round(height * side / shorter), round(width * side / shorter)
+
+
 def _resize(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Squashes a frame to (height, width); area averaging when it shrinks, so nothing aliases."""
+    """Brings a frame to (height, width); area averaging when it shrinks, so nothing aliases."""
     height, width = size
     shrinks = frame.shape[0] >= height and frame.shape[1] >= width
     mode = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC

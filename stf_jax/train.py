@@ -288,6 +288,7 @@ class _Loop:
             batch_size=settings.config.batch_size,
             train=True,
             seed=settings.config.seed * 1000 + number,
+            random_crop=settings.inputs.random_crop,
             start_step=start_step,
             stop_step=self._stage.max_epochs * self._per_epoch,
         )

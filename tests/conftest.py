@@ -177,8 +177,8 @@ def tiny_records(tiny_videos):
 
     index = folder(tiny_videos, group_regex=r"_(g\d)_", test_fraction=0.25, seed=0)
     settings = RecordSettings(
-        root=str(tiny_videos.parent / "records"), size=36, flow_size=48, flow_algorithm="dis",
-        flow_bound=4.0, jpeg_quality=95, min_truncated_frames=8, max_pixels=10**7,
-        max_frames=10_000, max_seconds=600.0, timeout=60.0, workers=2,
+        root=str(tiny_videos.parent / "records"), size=36, resize="squash", flow_size=48,
+        flow_algorithm="dis", flow_bound=4.0, jpeg_quality=95, min_truncated_frames=8,
+        max_pixels=10**7, max_frames=10_000, max_seconds=600.0, timeout=60.0, workers=2,
     )  # fmt: skip
     return hold_out_validation(index, fraction=0.3, seed=0), prepare_records(index, settings)

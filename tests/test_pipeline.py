@@ -9,11 +9,12 @@ import tensorflow as tf
 
 from stf_jax import prepare
 from stf_jax.datasets import ClipEntry, VideoIndex
-from stf_jax.flow import dequantise, make_flow, quantise
+from stf_jax.flow import dequantise, make_flow, quantise, to_grey
 from stf_jax.pipeline import (
     SamplingSettings,
     batches,
     clip_indices,
+    decode_clip,
     epoch_order,
     evaluation_indices,
     flow_indices,
@@ -21,6 +22,7 @@ from stf_jax.pipeline import (
     steps_per_epoch,
 )
 from stf_jax.predict import clip_of
+from stf_jax.records import prepare_records
 from stf_jax.run import Settings
 
 PAPER = SamplingSettings(
@@ -126,11 +128,11 @@ def _clips(video_frames, count, settings):
     return Counter(map(tuple, _draws(video_frames, count, settings).tolist()))
 
 
-def _evenly(counts, shares):
+def _evenly(counts, shares, limit=26.1):
     """Chi-square of counts against shares: 26.1 is the 0.1 % point for 8 degrees of freedom."""
     assert counts.keys() == shares.keys()
     total = sum(counts.values())
-    assert sum((counts[k] - total * p) ** 2 / (total * p) for k, p in shares.items()) < 26.1
+    assert sum((counts[k] - total * p) ** 2 / (total * p) for k, p in shares.items()) < limit
 
 
 @pytest.mark.parametrize(
@@ -350,7 +352,8 @@ def _moving(records, count, step):
     for k in range(count):
         top, left = 2 * size - k * step // 2, 2 * size - k * step
         view = np.repeat(ground[top : top + size, left : left + size, None], 3, axis=2)
-        frames.append(cv2.imencode(".png", view.astype(np.uint8))[1].tobytes())
+        quality = [cv2.IMWRITE_JPEG_QUALITY, 100]
+        frames.append(cv2.imencode(".jpg", view.astype(np.uint8), quality)[1].tobytes())
     return tuple(frames)
 
 
@@ -376,7 +379,9 @@ def test_the_window_of_a_clip_of_its_own(tiny_records):
     # Four frames and two repeats: fields 0, 1 and 2 move, 3 and 4 do not.
     frames = (*frames[:2], *_moving(stored, 10, 3)[8:])
     flow = clip_of(frames, (b"",) * 3, between, stored).flow[0]
-    greys = [cv2.imdecode(np.frombuffer(f, np.uint8), cv2.IMREAD_GRAYSCALE) for f in frames]
+    greys = [
+        to_grey(tf.io.decode_jpeg(data, dct_method="INTEGER_ACCURATE").numpy()) for data in frames
+    ]
     compute = make_flow("dis")
     fields = [quantise(compute(a, b), 10.0) for a, b in itertools.pairwise(greys)]
     assert len({field.tobytes() for field in fields}) == 3
@@ -402,21 +407,91 @@ def test_flow_is_not_computed_on_frames_too_small_for_it(tiny_config):
         Settings.of(tiny_config)
 
 
-def test_a_one_frame_video_stands_still(tmp_path, make_video):
-    from stf_jax.records import prepare_records
+def _small_settings(tmp_path):
+    return prepare.RecordSettings(
+        root=str(tmp_path / "records"), size=32, resize="squash", flow_size=32,
+        flow_algorithm="dis", flow_bound=8.0, jpeg_quality=95, min_truncated_frames=4,
+        max_pixels=10**6, max_frames=1000, max_seconds=60.0, timeout=60.0, workers=1,
+    )  # fmt: skip
 
+
+def _ramp(height, width):
+    """JPEG frame and field whose pixels tell their row (u) and column (v, red)."""
+    rows, columns = np.mgrid[:height, :width].astype(np.uint8)
+    quality = [cv2.IMWRITE_JPEG_QUALITY, 100]
+    frame = cv2.imencode(".jpg", np.stack([columns] * 3, -1), quality)[1]
+    field = cv2.imencode(".jpg", np.concatenate([rows, columns]), quality)[1]
+    return frame.tobytes(), field.tobytes()
+
+
+@pytest.mark.parametrize("sides", [(40, 61), (61, 40)])
+def test_a_square_is_cut_from_along_the_longer_side(tiny_records, sides):
+    stored = dataclasses.replace(tiny_records[1].settings, size=40, resize="short_side")
+    frame, field = _ramp(*sides)
+    seeds = np.random.default_rng(0).integers(0, 2**31, (300, 2)).astype(np.int32)
+
+    @tf.function(autograph=False)
+    def square(seed):
+        frames, fields = tf.constant([frame] * 4), tf.constant([field] * 3)
+        return decode_clip(frames, fields, tf.constant([0, 1, 3]), THREE, stored, seed)
+
+    corners = Counter()
+    for seed in [None, *map(tf.constant, seeds)]:
+        rgb, flow = (x.numpy().astype(int) for x in square(seed))
+        assert rgb.shape == (3, 40, 40, 3) and flow.shape == (3, 40, 40, 8)
+        # Colours and all fields show the same place.
+        top, left = (round(float(flow[0, 0, :, 0].mean())), round(float(flow[0, :, 0, 1].mean())))
+        for fields in np.split(flow, 4, axis=-1):
+            assert np.abs(fields[..., 0] - np.arange(top, top + 40)[:, None]).max() <= 2
+            assert np.abs(fields[..., 1] - np.arange(left, left + 40)).max() <= 2
+        assert np.abs(rgb - np.arange(left, left + 40)[:, None]).max() <= 2
+        if seed is None:
+            assert (top, left) == ((0, 10) if sides[1] == 61 else (10, 0))
+        else:
+            corners[top + left] += 1
+    _evenly(corners, dict.fromkeys(range(22), 1 / 22), limit=46.8)  # 21 degrees of freedom
+
+
+def test_training_moves_the_square_only_if_asked(tmp_path, make_video):
+    """Through whole streams: evaluation and plain training read the centre, random_crop moves."""
+    entries = []
+    for number in range(6):
+        make_video(tmp_path / "a" / f"{number}.avi", frames=10, size=(32, 64), seed=number)
+        entries.append(ClipEntry(f"a/{number}.avi", 0, "g", "train"))
+    index = VideoIndex("wide", tmp_path, ("a",), tuple(entries), "test", False, 0.0, (), 0)
+    stored = dataclasses.replace(
+        _small_settings(tmp_path), resize="short_side", flow_algorithm="farneback"
+    )
+    records = prepare_records(index, stored)
+    spread = dataclasses.replace(SHORT, train="interval")  # the same frames in all streams
+
+    def clips(**arguments):
+        arrays = {}
+        for batch in batches(records, entries, spread, batch_size=2, **arguments):
+            for row, entry in enumerate(batch.entry.tolist()):
+                arrays[entry] = batch.rgb[row], batch.flow[row]
+        return arrays
+
+    centre, plain, moved = (
+        clips(train=False),
+        clips(train=True),
+        clips(train=True, random_crop=True),
+    )
+    assert all(_same(centre[k], plain[k]) for k in range(6))
+    assert sum(not _same(centre[k], moved[k]) for k in range(6)) >= 4
+    again, other = (clips(train=True, random_crop=True, seed=s) for s in (0, 1))
+    assert all(_same(moved[k], again[k]) for k in range(6))
+    assert not all(_same(moved[k], other[k]) for k in range(6))
+
+
+def test_a_one_frame_video_stands_still(tmp_path, make_video):
     make_video(tmp_path / "a" / "one.avi", frames=1)
     entry = ClipEntry(video_id="a/one.avi", label=0, group="g", subset="train")
     index = VideoIndex(
         name="one", root=tmp_path, class_names=("a",), entries=(entry,), protocol="test",
         leaky=False, overlap=0.0, notes=(), missing=0,
     )  # fmt: skip
-    settings = prepare.RecordSettings(
-        root=str(tmp_path / "records"), size=32, flow_size=32, flow_algorithm="dis",
-        flow_bound=8.0, jpeg_quality=95, min_truncated_frames=4, max_pixels=10**6,
-        max_frames=1000, max_seconds=60.0, timeout=60.0, workers=1,
-    )  # fmt: skip
-    records = prepare_records(index, settings)
+    records = prepare_records(index, _small_settings(tmp_path))
     between = dataclasses.replace(SHORT, flow_step="stride")
     for sampling, train in itertools.product((SHORT, between), (True, False)):
         (batch,) = batches(records, index.entries, sampling, batch_size=1, train=train)

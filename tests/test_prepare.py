@@ -32,6 +32,7 @@ def settings(tmp_path):
     return RecordSettings(
         root=str(tmp_path / "records"),
         size=32,
+        resize="squash",
         flow_size=64,
         flow_algorithm="dis",
         flow_bound=8.0,
@@ -76,6 +77,32 @@ def test_flow_is_computed_large_and_stored_small_with_its_values_scaled(
         full = compute(greys[k], greys[k + 1])
         # Half the side, half the displacement.
         assert np.median(np.abs(field.mean((0, 1)) - full.mean((0, 1)) / 2)) < 0.05
+
+
+@pytest.mark.parametrize(("size", "stored"), [((48, 64), (32, 43)), ((64, 48), (43, 32))])
+def test_short_side_keeps_the_aspect(tmp_path, settings, make_video, size, stored):
+    path = make_video(tmp_path / "v.avi", frames=3, size=size, speed=2.0)
+    whole = dataclasses.replace(settings, resize="short_side", flow_size=48, flow_bound=4.0)
+    encoded = encode_video(path, whole)
+    frames = read_video(path).frames  # their shorter side is 48 px: flow is computed as they are
+    for k, data in enumerate(encoded.frames):
+        expected = cv2.resize(frames[k], stored[::-1], interpolation=cv2.INTER_AREA)
+        difference = np.abs(_decode(data, cv2.IMREAD_COLOR)[..., ::-1].astype(int) - expected)
+        assert difference.mean() < 4
+    for k, data in enumerate(encoded.flow):
+        both = _decode(data, cv2.IMREAD_GRAYSCALE)
+        assert both.shape == (2 * stored[0], stored[1])
+        full = optical_flow.make_flow("dis")(*map(optical_flow.to_grey, frames[k : k + 2]))
+        expected = optical_flow.quantise(optical_flow.resize_flow(full, stored), 4.0)
+        field = np.stack([both[: stored[0]], both[stored[0] :]], -1)
+        assert np.abs(field.astype(int) - expected).mean() < 2  # JPEG's loss
+
+
+def test_a_ribbon_that_no_jpeg_holds_is_a_fault(tmp_path, settings, make_video):
+    path = make_video(tmp_path / "v.avi", frames=2, size=(16, 2048))
+    ribbon = dataclasses.replace(settings, resize="short_side", size=1024)
+    row, encoded = describe("v.avi", path, ribbon)
+    assert encoded is None and row.reason == "too long and narrow: 2048x16 px"
 
 
 def test_row_tells_the_truth_about_a_good_file(tmp_path, settings, make_video):
@@ -222,7 +249,13 @@ def test_the_second_writer_is_told_who_the_first_is(tmp_path):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"size": 8}, {"flow_algorithm": "sift"}, {"jpeg_quality": 0}, {"flow_bound": 0.0}],
+    [
+        {"size": 8},
+        {"resize": "crop"},
+        {"flow_algorithm": "sift"},
+        {"jpeg_quality": 0},
+        {"flow_bound": 0.0},
+    ],
 )
 def test_impossible_settings_are_named(settings, wrong):
     with pytest.raises(ValueError, match=next(iter(wrong)).split("_")[-1]):
@@ -232,5 +265,10 @@ def test_impossible_settings_are_named(settings, wrong):
 def test_only_what_changes_the_bytes_is_in_the_stamp(settings):
     same = dataclasses.replace(settings, root="elsewhere", workers=7, timeout=9.0)
     assert same.stamp() == settings.stamp()
-    for change in ({"size": 40}, {"flow_bound": 4.0}, {"flow_algorithm": "farneback"}):
+    for change in (
+        {"size": 40},
+        {"resize": "short_side"},
+        {"flow_bound": 4.0},
+        {"flow_algorithm": "farneback"},
+    ):
         assert dataclasses.replace(settings, **change).stamp() != settings.stamp()

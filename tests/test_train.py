@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import signal
@@ -153,6 +154,24 @@ def _final(run, name, settings):
         return last.restore(train.abstract_state(settings, 2))
     finally:
         last.close()
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_the_stream_moves_the_square_if_crops_are_random(parts, monkeypatch, asked):
+    run, settings, index, records = parts
+
+    class Seen(Exception):
+        pass
+
+    def stream(*_, random_crop, **__):
+        raise Seen(random_crop)
+
+    monkeypatch.setattr(train, "batches", stream)
+    settings = dataclasses.replace(
+        settings, inputs=dataclasses.replace(settings.inputs, random_crop=asked)
+    )
+    with pytest.raises(Seen, match=str(asked)):
+        train_stage(run, settings, "first", index, records)
 
 
 def test_stopping_at_any_step_and_going_on_equals_never_stopping(parts, tmp_path, monkeypatch):
