@@ -169,7 +169,8 @@ def winograd_matrices(outputs: int, taps: int) -> tuple[np.ndarray, np.ndarray, 
         terms = [Fraction(1)]
         for root in roots:
             shifted = [Fraction(0), *terms]
-            terms = [up - root * same for up, same in zip(shifted, [*terms, 0], strict=True)]
+            padded = [*terms, Fraction(0)]
+            terms = [up - root * same for up, same in zip(shifted, padded, strict=True)]
         return terms
 
     others = [[q for q in points if q != p] for p in points]

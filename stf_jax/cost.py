@@ -112,8 +112,11 @@ def _products(jaxpr: core.Jaxpr, scope: str, times: int) -> Iterator[tuple[str, 
     for equation in jaxpr.eqns:
         inner = f"{scope}/{equation.source_info.name_stack}"
         kind = equation.primitive.name
-        result = equation.outvars[0].aval.shape if equation.outvars else ()
-        shapes = [var.aval.shape for var in equation.invars]
+        results, shapes = (
+            [getattr(var.aval, "shape", ()) for var in part]
+            for part in (equation.outvars, equation.invars)
+        )
+        result = results[0] if results else ()
         if kind == "conv_general_dilated":
             # A kernel's output axis is part of the result already.
             out_axis = equation.params["dimension_numbers"].rhs_spec[0]

@@ -483,8 +483,8 @@ def fold_pyramid(network: Network, params: Params) -> tuple[Network, Params]:
             name: fold_pyramid(part, params[name])
             for name, part in (("rgb", network.rgb), ("flow", network.flow))
         }
-        networks = {name: part[0] for name, part in folded.items()}
-        return network.clone(**networks), {name: part[1] for name, part in folded.items()}
+        networks: dict[str, Any] = {name: part[0] for name, part in folded.items()}
+        return LateFusion(**networks), {name: part[1] for name, part in folded.items()}
     levels = tuple(network.tpn.levels)
     finest = max(levels)
     kept = tuple(bins for bins in levels if finest % bins) + (finest,)
@@ -503,7 +503,8 @@ def _folded(kernel: Float[Array, "_d e"], levels: tuple[int, ...]) -> Float[Arra
     """The rows of levels that divide the finest, added to those of the finest."""
     finest = max(levels)
     maps = rearrange(kernel, "(n d) e -> n d e", n=sum(levels))
-    kept, total = [], 0.0
+    kept: list[Array] = []
+    total = jnp.zeros_like(maps[:finest])
     for bins, start in zip(levels, np.cumsum([0, *levels[:-1]]), strict=True):
         level = maps[start : start + bins]
         if finest % bins:

@@ -541,7 +541,7 @@ def _inflated(leaf: Tensor, name: str, tensors: Mapping[str, Tensor]) -> _Ported
     return _Ported(kernel, fate)
 
 
-def _fit_space(kernel: np.ndarray, size: int) -> np.ndarray:
+def _fit_space(kernel: Tensor, size: int) -> Tensor:
     """Pads with zeros, or sums to a single tap: a constant image gives what it gave before."""
     if size == 1:
         return kernel.sum(axis=(0, 1), keepdims=True)

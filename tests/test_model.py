@@ -760,7 +760,9 @@ def test_bfloat16_computes_maps_low_and_everything_else_high(tiny):
         np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(g)]) for _, g in both[::-1]
     )
     assert {leaf.dtype.name for leaf in jax.tree.leaves(both[1][1])} == {"float32"}
-    assert 0 < np.linalg.norm(low - high) < 0.25 * np.linalg.norm(high)
+    # Roundings flip a few ReLUs and maxima, and the paths behind them.
+    cosine = low @ high / np.linalg.norm(low) / np.linalg.norm(high)
+    assert 0.9 < cosine < 0.9999
 
 
 @pytest.mark.parametrize("how", ["convolutions", "blocks", "all"])
@@ -807,12 +809,12 @@ def test_gradients_are_slopes(tiny, changes):
             lambda leaf: jnp.asarray(leaf, jnp.float64), (drawn(network)["params"], RGB, FLOW)
         )
 
-        @functools.partial(jax.jit, compiler_options=QUICK)
-        def loss(params):
+        def plain_loss(params):
             features = network.apply({"params": params}, rgb, flow, train=False)[1]
             return cross_entropy([features[name] for name in network.scored], label).mean()
 
-        gradient = jax.jit(jax.grad(loss), compiler_options=QUICK)(params)
+        loss = jax.jit(plain_loss, compiler_options=QUICK)
+        gradient = jax.jit(jax.grad(plain_loss), compiler_options=QUICK)(params)
         chance = np.random.default_rng(0)
         for part in params:
             step, size = direction(params, part, chance), 1e-7

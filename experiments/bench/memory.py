@@ -49,14 +49,15 @@ def planned(scale: str, work: str, remat: str, order: str) -> tuple[int, int]:
     size, side = config.batch_size, settings.records.size
     clip = (size, settings.sampling.num_frames, side, side)
     shape = jax.ShapeDtypeStruct
-    batch = Batch(
-        rgb=shape((*clip, 3), jnp.uint8),
-        flow=shape((*clip, 2 * settings.sampling.flow_frames), jnp.uint8),
-        label=shape((size,), jnp.int32),
-        mask=shape((size,), jnp.bool_),
-        entry=shape((size,), jnp.int32),
-        seed=shape((size, 2), jnp.uint32),
-    )
+    arrays: dict[str, Any] = {
+        "rgb": shape((*clip, 3), jnp.uint8),
+        "flow": shape((*clip, 2 * settings.sampling.flow_frames), jnp.uint8),
+        "label": shape((size,), jnp.int32),
+        "mask": shape((size,), jnp.bool_),
+        "entry": shape((size,), jnp.int32),
+        "seed": shape((size, 2), jnp.uint32),
+    }
+    batch = Batch(**arrays)
     static: dict[str, Any] = {"model": settings.model(CLASSES), "inputs": settings.inputs}
     if work == "forward":
         lower = functools.partial(score_batch.lower, settings.abstract_params(CLASSES), batch)
@@ -65,8 +66,8 @@ def planned(scale: str, work: str, remat: str, order: str) -> tuple[int, int]:
         state = abstract_state(settings, CLASSES)
         lower = functools.partial(train_step.lower, state, batch, key, shape((), jnp.float32))
         static |= {"optimizer": settings.optimizer, "mesh": settings.mesh}
-    options = {"xla_cpu_scheduler_type": ORDERS[order]}
-    memory = lower(**static).compile(compiler_options=options).memory_analysis()
+    options: dict[str, str | bool] = {"xla_cpu_scheduler_type": ORDERS[order]}
+    memory: Any = lower(**static).compile(compiler_options=options).memory_analysis()
     return memory.temp_size_in_bytes, memory.argument_size_in_bytes
 
 

@@ -22,6 +22,7 @@ Whatever algorithm does it, the multiply-adds are those of the plain one.
 
 import csv
 import ctypes
+import functools
 import gc
 import multiprocessing
 import platform
@@ -90,14 +91,15 @@ def _ours(scale: str, work: str) -> Callable[[], None]:
     size, side, channels = settings.config.batch_size, settings.records.size, 8
     chance = np.random.default_rng(0)
     clip = (size, settings.sampling.num_frames, side, side)
-    batch = Batch(
-        rgb=chance.integers(0, 256, (*clip, 3), np.uint8),
-        flow=chance.integers(0, 256, (*clip, channels), np.uint8),
-        label=np.zeros(size, np.int32),
-        mask=np.ones(size, bool),
-        entry=np.arange(size, dtype=np.int32),
-        seed=np.zeros((size, 2), np.uint32),
-    )
+    arrays: dict[str, Any] = {
+        "rgb": chance.integers(0, 256, (*clip, 3), np.uint8),
+        "flow": chance.integers(0, 256, (*clip, channels), np.uint8),
+        "label": np.zeros(size, np.int32),
+        "mask": np.ones(size, bool),
+        "entry": np.arange(size, dtype=np.int32),
+        "seed": np.zeros((size, 2), np.uint32),
+    }
+    batch = Batch(**arrays)
     model = settings.model(CLASSES)
     params = settings.initial_params(model)
     if work == "forward":
@@ -132,7 +134,7 @@ def _theirs(shapes: Sequence[tuple[int, ...]], config: dict, work: str) -> Calla
     from experiments.bench.torch_network import TorchNetwork
 
     rgb, flow = (torch.randn(shape) for shape in shapes)
-    network = TorchNetwork(config, CLASSES, shapes[1][-1], frame_size=shapes[0][2:4])
+    network = TorchNetwork(config, CLASSES, shapes[1][-1], frame_size=(shapes[0][2], shapes[0][3]))
     if work == "forward":
         network.eval()
 
@@ -316,11 +318,11 @@ def main(argv: Sequence[str]) -> None:
     except ImportError:
         sys.exit("error: PyTorch is missing: make install EXTRAS=bench")
     origin = _origin()
-    rows = [lambda: time_matrix_product(_ROUNDS.value)]
+    rounds = _ROUNDS.value
+    cases = [functools.partial(time_matrix_product, rounds)]
     for scale in _SCALES.value:
-        for work in _WORK.value:
-            rows.append(lambda s=scale, w=work: time_case(s, w, _ROUNDS.value))
-    for make in rows:
+        cases += [functools.partial(time_case, scale, work, rounds) for work in _WORK.value]
+    for make in cases:
         row = make() | origin
         print(", ".join(f"{k} {v}" for k, v in row.items() if k not in origin), flush=True)
         write_row(Path(_OUT.value), row)
