@@ -3,7 +3,7 @@
 This is the slow part of the data's walk and needs neither TensorFlow nor JAX: worker processes
 import this module only. Every video becomes one staged file, written aside and renamed, so a run
 that is killed at any moment leaves only finished videos behind and the next one does the rest.
-`stf_jax.records` packs the staged files into a tfds data set.
+`stf_jax.records` packs the staged files into the shards of a tfds data set.
 """
 
 import csv
@@ -14,8 +14,12 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, TimeoutError, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -32,11 +36,20 @@ from stf_jax import progress
 from stf_jax.video import Limits, VideoFault, VideoInfo, VideoReader
 
 # Raised when the meaning of the stored bytes changes, so that old caches are never mixed in.
-FORMAT = 1
+FORMAT = 2
 
 _RESIZES = ("squash", "short_side")
 # The longest side that libjpeg takes, px.
 _JPEG_LIMIT = 65500
+
+# How the reasons begin that lie in the machine or the moment, not in the video: checking a set
+# tries these again.
+_UNREADABLE, _HUNG, _CRASHED = "cannot be read", "decoding did not end", "decoding crashed"
+
+# Videos for each worker that are done first, to tell what the others will need.
+_SAMPLE_PER_WORKER = 4
+# Space that is left free beyond the estimate, which is a sample's, bytes and share.
+_SPARE_BYTES, _SPARE_SHARE = 64 << 20, 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +148,11 @@ class ManifestRow:
         """Whether training and evaluation may read it."""
         return self.status != "invalid"
 
+    @property
+    def worth_another_try(self) -> bool:
+        """Whether it failed for a reason that need not be the file's own."""
+        return self.reason.startswith((_UNREADABLE, _HUNG, _CRASHED))
+
 
 @dataclasses.dataclass(frozen=True)
 class EncodedVideo:
@@ -145,11 +163,13 @@ class EncodedVideo:
         smaller of them is otherwise.
       flow: JPEG of each field between consecutive frames, grey uint8 [2h w]: u above v, quantised;
         one fewer than frames.
+      times: of each frame, microseconds since the first: the frame rate may vary.
       info: what the decoder found.
     """
 
     frames: tuple[bytes, ...]
     flow: tuple[bytes, ...]
+    times: tuple[int, ...]
     info: VideoInfo
 
 
@@ -174,15 +194,18 @@ def encode_video(path: Path, settings: RecordSettings) -> EncodedVideo:
             if max(2 * stored[0], stored[1]) > _JPEG_LIMIT:
                 reason = f"too long and narrow: {frame.shape[1]}x{frame.shape[0]} px"
                 raise VideoFault(path, reason, "records.resize='squash' can store it.")
-        frames.append(_jpeg(_resize(frame, stored)[..., ::-1], settings.jpeg_quality))
-        grey = optical_flow.to_grey(_resize(frame, motion))
+        picture = _resize(frame, stored)
+        # Turned to OpenCV's order by OpenCV: it would copy a view of reversed channels pixelwise.
+        frames.append(_jpeg(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), settings.jpeg_quality))
+        grey = optical_flow.to_grey(picture if motion == stored else _resize(frame, motion))
         if previous is not None:
-            field = optical_flow.resize_flow(compute(previous, grey), stored)
-            quantised = optical_flow.quantise(field, settings.flow_bound)
-            stacked = np.concatenate([quantised[..., 0], quantised[..., 1]])
-            fields.append(_jpeg(stacked, settings.jpeg_quality))
+            field = compute(previous, grey)
+            if motion != stored:
+                field = optical_flow.resize_flow(field, stored)
+            fields.append(_jpeg(_u_above_v(field, settings.flow_bound), settings.jpeg_quality))
         previous = grey
-    return EncodedVideo(tuple(frames), tuple(fields), reader.info)
+    times = np.rint(1e6 * reader.timestamps).astype(np.int64)
+    return EncodedVideo(tuple(frames), tuple(fields), tuple(times.tolist()), reader.info)
 
 
 def _sides(frame: np.ndarray, side: int, resize: str) -> tuple[int, int]:
@@ -202,11 +225,22 @@ def _resize(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return cv2.resize(frame, (width, height), interpolation=mode)
 
 
+def _u_above_v(field: np.ndarray, bound: float) -> np.ndarray:
+    """A field as the grey picture that is stored."""
+    quantised = optical_flow.quantise(field, bound)
+    return np.concatenate([quantised[..., 0], quantised[..., 1]])
+
+
 def _jpeg(image: np.ndarray, quality: int) -> bytes:
     written, encoded = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])
     if not written:
         raise RuntimeError(f"OpenCV could not encode an image of shape {image.shape} as JPEG")
     return encoded.tobytes()
+
+
+def decodes(jpeg: bytes) -> bool:
+    """Whether a stored frame or field is a picture."""
+    return cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_UNCHANGED) is not None
 
 
 def describe(
@@ -218,9 +252,9 @@ def describe(
       The row, and the encoded video unless the row is invalid.
     """
     try:
-        digest, size = _digest(path)
+        digest, size = file_digest(path)
     except OSError as error:
-        return invalid_row(video_id, f"cannot be read: {error.strerror or error}"), None
+        return invalid_row(video_id, f"{_UNREADABLE}: {error.strerror or error}"), None
     try:
         encoded = encode_video(path, settings)
     except VideoFault as fault:
@@ -254,7 +288,8 @@ def invalid_row(video_id: str, reason: str, size: int = 0, digest: str = "") -> 
     return ManifestRow(video_id, "invalid", reason, 0, -1, 0.0, 0, 0, "", "", 0, size, digest)
 
 
-def _digest(path: Path) -> tuple[str, int]:
+def file_digest(path: Path) -> tuple[str, int]:
+    """The sha256 of a file, hexadecimal, and its size in bytes."""
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return digest, os.fstat(file.fileno()).st_size
@@ -268,23 +303,54 @@ def staged_path(folder: Path, video_id: str) -> Path:
     return folder / (hashlib.sha256(video_id.encode()).hexdigest()[:32] + ".npz")
 
 
+@dataclasses.dataclass(frozen=True)
+class StagedVideo:
+    """What a staged file holds: the manifest row and, if that is usable, an `EncodedVideo`'s data.
+
+    See `EncodedVideo` for `frames`, `flow` and `times`; all are empty if the video is invalid.
+    """
+
+    row: ManifestRow
+    frames: tuple[bytes, ...]
+    flow: tuple[bytes, ...]
+    times: tuple[int, ...]
+
+
 def write_staged(path: Path, row: ManifestRow, encoded: EncodedVideo | None) -> None:
     """Writes a staged file aside and renames it: it is there whole or not at all."""
     arrays = {"row": np.frombuffer(json.dumps(dataclasses.asdict(row)).encode(), np.uint8)}
     if encoded is not None:
         arrays |= _packed("frames", encoded.frames) | _packed("flow", encoded.flow)
+        arrays["times"] = np.array(encoded.times, np.int64)
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **arrays)
-    write_aside(path, buffer.getvalue())
+    write_aside(path, buffer.getbuffer())
 
 
-def read_staged(path: Path) -> tuple[ManifestRow, tuple[bytes, ...], tuple[bytes, ...]]:
-    """Reads what `write_staged` wrote: the row, the frames and the flow fields (JPEG)."""
-    with np.load(path, allow_pickle=False) as arrays:
-        row = ManifestRow(**json.loads(arrays["row"].tobytes()))
-        if not row.usable:
-            return row, (), ()
-        return row, _unpacked("frames", arrays), _unpacked("flow", arrays)
+def read_staged(path: Path) -> StagedVideo:
+    """Reads what `write_staged` wrote.
+
+    Raises:
+      ValueError: the file is damaged (each part carries a checksum).
+    """
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+            row = ManifestRow(**json.loads(arrays["row"].tobytes()))
+            if not row.usable:
+                return StagedVideo(row, (), (), ())
+            times = tuple(arrays["times"].tolist())
+            return StagedVideo(row, _unpacked("frames", arrays), _unpacked("flow", arrays), times)
+    except (zipfile.BadZipFile, EOFError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error})") from error
+
+
+def _finished_row(path: Path) -> ManifestRow | None:
+    """The row of a staged file, or None if it is absent or damaged."""
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return ManifestRow(**json.loads(arrays["row"].tobytes()))
+    except (OSError, zipfile.BadZipFile, EOFError, KeyError, TypeError, ValueError):
+        return None
 
 
 def _packed(name: str, items: Sequence[bytes]) -> dict[str, np.ndarray]:
@@ -297,7 +363,7 @@ def _unpacked(name: str, arrays: Mapping[str, np.ndarray]) -> tuple[bytes, ...]:
     return tuple(data[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=False))
 
 
-def write_aside(path: Path, data: bytes) -> None:
+def write_aside(path: Path, data: bytes | memoryview) -> None:
     """Writes `data` to a neighbour of `path`, flushes it to disk and renames it into place."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -311,62 +377,181 @@ def write_aside(path: Path, data: bytes) -> None:
         raise
 
 
+def sweep(folder: Path) -> None:
+    """Removes what a killed run was writing into `folder`; only for who holds its lock."""
+    for left_over in folder.glob(".*.part"):
+        left_over.unlink(missing_ok=True)  # a worker of that run may be about to rename it
+
+
 def stage_videos(
-    videos: Mapping[str, Path], folder: Path, settings: RecordSettings
-) -> dict[str, ManifestRow]:
-    """Stages every video that is not staged yet, in parallel, with a bar and a time-out each.
+    videos: Mapping[str, Path], folder: Path, settings: RecordSettings, *, announce: bool = True
+) -> Generator[ManifestRow, None, None]:
+    """Stages every video that is not staged yet, in parallel, with a time-out each.
+
+    A sample comes first: what it takes tells what all will take, and the work ends there if the
+    disk would not hold it.
 
     Args:
       videos: file of each video id.
-      folder: where staged files go; made if absent; left-overs of a killed run are removed.
+      folder: where staged files go; made if absent.
       settings: how to encode.
+      announce: say what it will take, show a bar and check the free space.
 
-    Returns:
-      The manifest row of every video, in the order given.
+    Yields:
+      The row of each video as soon as it is staged; first those that an earlier run has staged.
 
     Raises:
-      OSError: the staging folder cannot be written (full disk, quota, read-only).
+      OSError: the staging folder cannot be written (full disk, quota, read-only), or the disk will
+        not hold the rest.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for left_over in folder.glob(".*.part"):
-        left_over.unlink()
-    rows = {}
     waiting = []
     for video_id, path in videos.items():
         staged = staged_path(folder, video_id)
-        if staged.exists():
-            rows[video_id] = read_staged(staged)[0]
+        row = _finished_row(staged)
+        if row is None:
+            waiting.append(_Job(video_id, path, staged))
         else:
-            waiting.append((video_id, path, staged))
-    if waiting:
-        with progress.bar(
-            total=len(videos),
-            initial=len(rows),
-            description="videos -> frames and flow",
-            unit="video",
-        ) as bar:
-            for row in _in_parallel(waiting, settings):
-                rows[row.video_id] = row
+            yield row
+    workers = settings.workers or os.cpu_count() or 1
+    parts = _sample_first(waiting, _SAMPLE_PER_WORKER * workers) if announce else [waiting]
+    with progress.bar(
+        total=len(videos),
+        initial=len(videos) - len(waiting),
+        description="videos -> frames and flow",
+        unit="video",
+        disable=not announce or not waiting,
+    ) as bar:
+        began, frames = time.monotonic(), 0
+        while parts:
+            seconds = []
+            for row, took in _in_parallel(parts[0], settings):
+                seconds.append(took)
+                frames += row.num_frames
+                bar.set_postfix_str(f"{frames / (time.monotonic() - began):.0f} frames/s", False)
                 bar.update()
-    return {video_id: rows[video_id] for video_id in videos}
+                yield row
+            done, *parts = parts
+            if parts:
+                estimate = Estimate.of(done, parts[0], sum(seconds) / workers, folder)
+                progress.say(str(estimate))
+                estimate.check(folder)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    video_id: str
+    path: Path
+    staged: Path
+
+
+def _sample_first(jobs: list[_Job], count: int) -> list[list[_Job]]:
+    """Splits jobs into a sample from all over and the rest; does not split a few."""
+    if len(jobs) <= 2 * count:
+        return [jobs]
+    chosen = {round(k * (len(jobs) - 1) / (count - 1)) for k in range(count)}
+    rest = [job for k, job in enumerate(jobs) if k not in chosen]
+    return [[jobs[k] for k in sorted(chosen)], rest]
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What the videos that are not prepared yet will take, by the bytes of a sample that is.
+
+    Attributes:
+      videos: how many.
+      frames: decoded frames.
+      decoded_bytes: of these frames as they come out of the decoder.
+      disk_bytes: of what will be stored.
+      seconds: that it takes.
+      free_bytes: on the disk that holds the folder.
+    """
+
+    videos: int
+    frames: int
+    decoded_bytes: int
+    disk_bytes: int
+    seconds: float
+    free_bytes: int
+
+    @classmethod
+    def of(
+        cls, done: Sequence[_Job], rest: Sequence[_Job], seconds: float, folder: Path
+    ) -> "Estimate":
+        """Extrapolates from staged videos, which took `seconds`, to the rest by source bytes."""
+        share = _source_bytes(rest) / max(1, _source_bytes(done))
+        rows = [row for row in (_finished_row(job.staged) for job in done) if row is not None]
+        decoded = sum(3 * row.width * row.height * row.num_frames for row in rows)
+        return cls(
+            videos=len(rest),
+            frames=round(share * sum(row.num_frames for row in rows)),
+            decoded_bytes=round(share * decoded),
+            disk_bytes=round(share * sum(_size(job.staged) for job in done)),
+            seconds=share * seconds,
+            free_bytes=shutil.disk_usage(folder).free,
+        )
+
+    def __str__(self) -> str:
+        minutes = self.seconds / 60
+        time_left = f"{minutes / 60:.1f} h" if minutes > 90 else f"{minutes:.0f} min"
+        return (
+            f"to do: {self.videos} videos, about {self.frames} frames "
+            f"({_gigabytes(self.decoded_bytes)} decoded), {_gigabytes(self.disk_bytes)} on disk "
+            f"({_gigabytes(self.free_bytes)} free), {time_left}"
+        )
+
+    def check(self, folder: Path) -> None:
+        """Stops before work that the disk would not hold.
+
+        Raises:
+          OSError: the free space is too small (says how much is needed).
+        """
+        needed = round(self.disk_bytes * (1 + _SPARE_SHARE)) + _SPARE_BYTES
+        if needed > self.free_bytes:
+            raise OSError(
+                f"{folder.resolve()}: the disk has {_gigabytes(self.free_bytes)} free and the "
+                f"{self.videos} videos still to be prepared need about {_gigabytes(needed)}. Free "
+                "some space or set --config.records.root to another disk; what is done already "
+                "stays."
+            )
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.3g} GB"
+
+
+def _source_bytes(jobs: Sequence[_Job]) -> int:
+    return sum(max(0, _size(job.path)) for job in jobs)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def _in_parallel(
-    waiting: Sequence[tuple[str, Path, Path]], settings: RecordSettings
-) -> Iterator[ManifestRow]:
-    workers = min(settings.workers or os.cpu_count() or 1, len(waiting))
+    jobs: Sequence[_Job], settings: RecordSettings
+) -> Iterator[tuple[ManifestRow, float]]:
+    """Yields each video's row and the seconds that it took a worker."""
+    if not jobs:
+        return
+    workers = min(settings.workers or os.cpu_count() or 1, len(jobs))
     # 'spawn': a forked child would inherit the threads and locks of JAX and TensorFlow.
-    pool = ProcessPool(workers, context=get_context("spawn"), initializer=_one_thread)
+    pool = ProcessPool(
+        workers, context=get_context("spawn"), initializer=_begin_worker, initargs=(os.getpid(),)
+    )
     try:
-        futures: dict[Any, tuple[str, Path, Path]] = {
-            pool.schedule(_stage_one, args=(*job, settings), timeout=settings.timeout): job
-            for job in waiting
+        futures: dict[Any, _Job] = {
+            pool.schedule(_stage_one, args=(job, settings), timeout=settings.timeout): job
+            for job in jobs
         }
         pending: set[Any] = set(futures)
         while pending:
             done, pending = wait(pending, return_when=FIRST_COMPLETED)
             for future in done:
-                yield _outcome(future.result, *futures[future], settings)
+                yield _outcome(future.result, futures[future], settings)
         pool.close()
     except BrokenProcessPool as error:
         pool.stop()
@@ -382,48 +567,55 @@ def _in_parallel(
 
 
 def _outcome(
-    result: Callable[[], ManifestRow],
-    video_id: str,
-    _: Path,
-    staged: Path,
-    settings: RecordSettings,
-) -> ManifestRow:
-    """A worker's row; a worker that hung or crashed has marked its video by doing so."""
+    result: Callable[[], tuple[ManifestRow, float]], job: _Job, settings: RecordSettings
+) -> tuple[ManifestRow, float]:
+    """A worker's result; a worker that hung or crashed has marked its video by doing so."""
     try:
         return result()
     except TimeoutError:
-        row = invalid_row(video_id, f"decoding did not end within {settings.timeout:g} s")
+        row = invalid_row(job.video_id, f"{_HUNG} within {settings.timeout:g} s")
+        took = settings.timeout
     except ProcessExpired as crash:
-        row = invalid_row(video_id, f"decoding crashed its process (exit code {crash.exitcode})")
-    write_staged(staged, row, None)
-    return row
+        row = invalid_row(job.video_id, f"{_CRASHED} its process (exit code {crash.exitcode})")
+        took = 0.0
+    write_staged(job.staged, row, None)
+    return row, took
 
 
-def _one_thread() -> None:
+def _begin_worker(parent: int) -> None:
     # One process per core is the parallelism; threads inside would only fight over the cores.
     cv2.setNumThreads(1)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
-def _stage_one(video_id: str, path: Path, staged: Path, settings: RecordSettings) -> ManifestRow:
-    row, encoded = describe(video_id, path, settings)
-    write_staged(staged, row, encoded)
-    return row
+def _end_with(parent: int) -> None:
+    """Ends this worker soon after its parent was killed, rather than at the end of its video."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _stage_one(job: _Job, settings: RecordSettings) -> tuple[ManifestRow, float]:
+    began = time.monotonic()
+    row, encoded = describe(job.video_id, job.path, settings)
+    write_staged(job.staged, row, encoded)
+    return row, time.monotonic() - began
 
 
 # --- manifest --------------------------------------------------------------------------------
 
 
-def write_manifest(path: Path, rows: Sequence[ManifestRow]) -> None:
-    """Writes the rows as CSV, aside and renamed."""
+def manifest_text(rows: Sequence[ManifestRow]) -> bytes:
+    """The rows as CSV, UTF-8."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, [field.name for field in dataclasses.fields(ManifestRow)])
     writer.writeheader()
     writer.writerows(dataclasses.asdict(row) for row in rows)
-    write_aside(path, text.getvalue().encode())
+    return text.getvalue().encode()
 
 
 def read_manifest(path: Path) -> dict[str, ManifestRow]:
-    """Reads `write_manifest`'s CSV back, by video id."""
+    """Reads a file of `manifest_text` back, by video id."""
     kinds = {field.name: field.type for field in dataclasses.fields(ManifestRow)}
     rows = {}
     with open(path, newline="", encoding="utf-8") as file:

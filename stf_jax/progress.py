@@ -21,6 +21,7 @@ def bar(
     description: str,
     unit: str,
     initial: int = 0,
+    disable: bool = False,
 ) -> tqdm:
     """Returns a progress bar that shows the rate and the remaining time.
 
@@ -33,6 +34,7 @@ def bar(
       description: what is being done.
       unit: the singular name of an item.
       initial: items that an earlier, interrupted run has done.
+      disable: show nothing.
 
     Returns:
       A tqdm bar, also usable as a context manager.
@@ -44,6 +46,7 @@ def bar(
         desc=description,
         unit=f" {unit}",
         initial=initial,
+        disable=disable,
         mininterval=0.2 if interactive else 15.0,
         maxinterval=1.0 if interactive else 30.0,
         dynamic_ncols=interactive,

@@ -18,11 +18,11 @@ from stf_jax.prepare import (
     describe,
     encode_video,
     locked,
+    manifest_text,
     read_manifest,
     read_staged,
     stage_videos,
     staged_path,
-    write_manifest,
 )
 from stf_jax.video import read_video
 
@@ -147,7 +147,9 @@ def test_staging_round_trip_is_exact(tmp_path, settings, make_video):
     path = make_video(tmp_path / "v.avi", frames=5)
     row, encoded = describe("v.avi", path, settings)
     prepare.write_staged(tmp_path / "s.npz", row, encoded)
-    assert read_staged(tmp_path / "s.npz") == (row, encoded.frames, encoded.flow)
+    staged = read_staged(tmp_path / "s.npz")
+    assert (staged.row, staged.frames, staged.flow) == (row, encoded.frames, encoded.flow)
+    assert staged.times == encoded.times == (0, 40_000, 80_000, 120_000, 160_000)
 
 
 def test_manifest_round_trip_with_hostile_names(tmp_path, settings):
@@ -155,8 +157,14 @@ def test_manifest_round_trip_with_hostile_names(tmp_path, settings):
         prepare.invalid_row('a, "b"\nnew line/ü.avi', "empty file"),
         dataclasses.replace(prepare.invalid_row("-x", ""), status="ok", fps=29.97, record=3),
     ]
-    write_manifest(tmp_path / "m.csv", rows)
+    (tmp_path / "m.csv").write_bytes(manifest_text(rows))
     assert read_manifest(tmp_path / "m.csv") == {row.video_id: row for row in rows}
+
+
+def _stage(videos, folder, settings):
+    """The rows by video id, in the order given."""
+    rows = {row.video_id: row for row in stage_videos(videos, folder, settings)}
+    return {video_id: rows[video_id] for video_id in videos}
 
 
 def _digests(folder):
@@ -166,15 +174,17 @@ def _digests(folder):
 def test_finished_videos_are_not_done_twice(tmp_path, settings, make_video):
     videos = {f"{i}.avi": make_video(tmp_path / f"{i}.avi", frames=4 + i) for i in range(3)}
     folder = tmp_path / "staged"
-    rows = stage_videos(videos, folder, settings)
+    rows = _stage(videos, folder, settings)
     assert list(rows) == list(videos) and [r.num_frames for r in rows.values()] == [4, 5, 6]
     before = {p: p.stat().st_mtime_ns for p in folder.glob("*.npz")}
     staged_path(folder, "1.avi").unlink()
+    staged_path(folder, "2.avi").write_bytes(staged_path(folder, "2.avi").read_bytes()[:-9])
     (folder / ".left.npz.1.part").write_bytes(b"half")
-    assert stage_videos(videos, folder, settings) == rows
+    prepare.sweep(folder)
+    assert _stage(videos, folder, settings) == rows
     after = {p: p.stat().st_mtime_ns for p in folder.glob("*.npz")}
-    changed = [p for p in after if after[p] != before[p]]
-    assert changed == [staged_path(folder, "1.avi")]
+    changed = {p for p in after if after[p] != before[p]}
+    assert changed == {staged_path(folder, "1.avi"), staged_path(folder, "2.avi")}
     assert not list(folder.glob(".*.part"))
 
 
@@ -184,7 +194,7 @@ from stf_jax.prepare import stage_videos
 from pathlib import Path
 if __name__ == "__main__":
     videos, folder, settings = pickle.loads(bytes.fromhex(sys.argv[1]))
-    stage_videos(videos, folder, settings)
+    list(stage_videos(videos, folder, settings))
 """
 
 
@@ -192,7 +202,7 @@ def test_killed_at_any_moment_it_ends_the_same(tmp_path, settings, make_video):
     import pickle
 
     videos = {f"{i}.avi": make_video(tmp_path / f"{i}.avi", frames=30 + i) for i in range(12)}
-    stage_videos(videos, tmp_path / "quiet", settings)
+    _stage(videos, tmp_path / "quiet", settings)
     script = tmp_path / "stage.py"
     script.write_text(_STAGE)
     argument = pickle.dumps((videos, tmp_path / "storm", settings)).hex()
@@ -205,7 +215,7 @@ def test_killed_at_any_moment_it_ends_the_same(tmp_path, settings, make_video):
         time.sleep(delay)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    stage_videos(videos, tmp_path / "storm", settings)
+    _stage(videos, tmp_path / "storm", settings)
     assert _digests(tmp_path / "storm") == _digests(tmp_path / "quiet")
 
 
@@ -223,7 +233,7 @@ def _hang(*_):
 def test_a_worker_that_dies_or_hangs_marks_its_video(tmp_path, settings, monkeypatch, fault, said):
     monkeypatch.setattr(prepare, "_stage_one", fault)
     brief = dataclasses.replace(settings, timeout=1.0)
-    rows = stage_videos({"v.avi": tmp_path / "v.avi"}, tmp_path / "staged", brief)
+    rows = _stage({"v.avi": tmp_path / "v.avi"}, tmp_path / "staged", brief)
     assert rows["v.avi"].status == "invalid" and said in rows["v.avi"].reason
 
 

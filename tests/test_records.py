@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import multiprocessing
 import os
 import shutil
@@ -8,10 +9,10 @@ import time
 import pytest
 import tensorflow as tf
 
-from stf_jax import prepare
+from stf_jax import prepare, records
 from stf_jax.datasets import ClipEntry, VideoIndex, folder
 from stf_jax.prepare import RecordSettings, encode_video
-from stf_jax.records import open_records, prepare_records
+from stf_jax.records import open_records, prepare_records, verify_records
 
 
 @pytest.fixture
@@ -26,22 +27,22 @@ def settings(tmp_path, tiny_records) -> RecordSettings:
     return dataclasses.replace(tiny_records[1].settings, root=str(tmp_path / "records"))
 
 
-def _contents(records):
+def _contents(made):
     parsed = {}
-    for video_id, row in records.rows.items():
+    for video_id, row in made.rows.items():
         if row.usable:
-            example = records.parse(tf.constant(records.read(row.record)))
+            example = made.parse(tf.constant(made.read(row.record)))
             assert example["video_id"].numpy().decode() == video_id
             parsed[video_id] = example["frames"].numpy().tolist(), example["flow"].numpy().tolist()
     return parsed
 
 
 def test_what_is_read_is_what_was_encoded(tiny_records):
-    index, records = tiny_records
-    stored = _contents(records)
+    index, stored_records = tiny_records
+    stored = _contents(stored_records)
     assert list(stored) == [entry.video_id for entry in index.entries]
     for entry in index.entries[::5]:
-        encoded = encode_video(index.path(entry), records.settings)
+        encoded = encode_video(index.path(entry), stored_records.settings)
         assert stored[entry.video_id] == (list(encoded.frames), list(encoded.flow))
 
 
@@ -72,12 +73,12 @@ def test_bad_files_are_rows_and_change_nothing_else(index, settings):
     (index.root / "left" / "text ü.avi").write_text("not a video")
     (index.root / "left" / "empty.mp4").touch()
     whole = folder(index.root, group_regex="", test_fraction=0.0, seed=0)
-    records = prepare_records(whole, settings)
-    assert records.rows["left/text ü.avi"].reason == "not a video: text"
-    assert records.rows["left/empty.mp4"].reason == "empty file"
-    assert {k for k, row in records.rows.items() if row.usable} == {e.video_id for e in entries}
+    found = prepare_records(whole, settings)
+    assert found.rows["left/text ü.avi"].reason == "not a video: text"
+    assert found.rows["left/empty.mp4"].reason == "empty file"
+    assert {k for k, row in found.rows.items() if row.usable} == {e.video_id for e in entries}
     # The manifest on disk says the same.
-    assert prepare.read_manifest(records.folder / "manifest.csv") == records.rows
+    assert prepare.read_manifest(found.folder / "manifest.csv") == found.rows
 
 
 def test_no_usable_video_is_an_error(tmp_path, settings):
@@ -107,9 +108,10 @@ def test_a_second_writer_is_told_who_holds_the_set(index, settings):
             prepare_records(index, settings)
 
 
-@pytest.mark.parametrize("moment", ["staging", "packing"])
-def test_killed_preparation_ends_the_same(index, settings, tiny_records, moment):
+@pytest.mark.parametrize("moment", ["staging", "packing", "finishing"])
+def test_killed_preparation_ends_the_same(index, settings, tiny_records, monkeypatch, moment):
     """SIGKILL at a known moment, then the same call again."""
+    monkeypatch.setattr(records, "_SHARD_VIDEOS", 6)
     child = multiprocessing.get_context("spawn").Process(
         target=_prepare_and_die, args=(index, settings, moment)
     )
@@ -119,20 +121,34 @@ def test_killed_preparation_ends_the_same(index, settings, tiny_records, moment)
     (unfinished,) = (p for p in (index.root.parent / "records").iterdir())
     assert not (unfinished / "manifest.csv").exists()
     _wait_for_orphans(unfinished)
-    records = prepare_records(index, settings)
-    assert _contents(records) == _contents(tiny_records[1])
-    names = {p.name for p in records.folder.iterdir()}
-    assert names == {".lock", "settings.json", "manifest.csv", "video_records"}
+    done = {p: p.stat().st_mtime_ns for p in unfinished.rglob("*.array_record*")}
+    if moment == "finishing":
+        assert len(done) == 3
+    finished = prepare_records(index, settings)
+    assert _contents(finished) == _contents(tiny_records[1])
+    names = {p.name for p in finished.folder.iterdir()}
+    assert names == {".lock", "settings.json", "manifest.csv", "shards", "video_records"}
+    assert not list(finished.folder.rglob("*.part"))
+    noted = moment == "finishing"  # before its note is written, a shard counts for nothing
+    assert all((p.stat().st_mtime_ns == when) == noted for p, when in done.items())
+    undisturbed = prepare_records(index, dataclasses.replace(settings, root=settings.root + "2"))
+    assert _digests(finished.folder) == _digests(undisturbed.folder)
+
+
+def _digests(folder):
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {p.relative_to(folder): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
 def _prepare_and_die(index, settings, moment):
     def die(*_, **__):
         os.kill(os.getpid(), signal.SIGKILL)
 
-    from stf_jax import records
-
+    records._SHARD_VIDEOS = 6
     if moment == "packing":
-        records.VideoRecords.download_and_prepare = die
+        records.ShardNote.of = die  # the first shard is in its place, its note is not
+    elif moment == "finishing":
+        records._manifest = die
     else:
         # The third finished video is the last thing this process sees.
         real, seen = prepare._outcome, []
@@ -153,3 +169,129 @@ def _wait_for_orphans(unfinished):
     while counts[-1] != counts[-2]:
         time.sleep(0.5)
         counts.append(len(list((unfinished / "staged").glob("*"))))
+
+
+# --- checking and mending --------------------------------------------------------------------
+
+
+def _shards(made):
+    return sorted(made.folder.rglob("*.array_record*"))
+
+
+def _flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1
+    path.write_bytes(content)
+
+
+def _cut(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def _other_record(path):
+    shutil.copy(sorted(path.parent.glob("*.array_record*"))[0], path)
+
+
+_DAMAGE = {
+    "flipped bit": (_flip_a_bit, "not what was written"),
+    "missing": (lambda path: path.unlink(), "is missing"),
+    "cut": (_cut, "it was written with"),
+    "another shard": (_other_record, "written"),
+}
+
+
+@pytest.mark.parametrize("kind", _DAMAGE)
+def test_a_damaged_shard_is_found_and_made_again(index, settings, monkeypatch, kind):
+    monkeypatch.setattr(records, "_SHARD_VIDEOS", 6)
+    made = prepare_records(index, settings)
+    before = _digests(made.folder)
+    stamps = {p: p.stat().st_mtime_ns for p in _shards(made)}
+    assert len(stamps) == 3
+    assert verify_records(index, settings).damage == ()
+    damage, said = _DAMAGE[kind]
+    victim = _shards(made)[1]
+    damage(victim)
+    if kind != "flipped bit":  # which only reading everything can find
+        with pytest.raises(RuntimeError, match=r"shard 00001 .* damaged.*--verify"):
+            prepare_records(index, settings)
+    checked = verify_records(index, settings)
+    assert len(checked.damage) == 1 and said in checked.damage[0]
+    assert victim.name in checked.damage[0]
+    assert _digests(made.folder) == before
+    untouched = [p for p in stamps if p != victim]
+    assert all(p.stat().st_mtime_ns == stamps[p] for p in untouched)
+    assert verify_records(index, settings).damage == ()
+
+
+def test_a_source_that_changed_is_found_and_prepared_again(index, settings, monkeypatch):
+    monkeypatch.setattr(records, "_SHARD_VIDEOS", 6)
+    made = prepare_records(index, settings)
+    entry = index.entries[8]
+    content = bytearray(index.path(entry).read_bytes())
+    content[-1] ^= 1  # the same size: the same set
+    index.path(entry).write_bytes(content)
+    stamps = [p.stat().st_mtime_ns for p in _shards(made)]
+    checked = verify_records(index, settings)
+    assert len(checked.damage) == 1 and entry.video_id in checked.damage[0]
+    assert checked.records.rows[entry.video_id].sha256 == hashlib.sha256(content).hexdigest()
+    again = [p.stat().st_mtime_ns for p in _shards(made)]
+    assert [a == b for a, b in zip(stamps, again, strict=True)] == [True, False, True]
+
+
+@pytest.mark.parametrize("name", ["manifest.csv", "features.json", "00001.json"])
+def test_what_lies_beside_the_shards_is_checked_too(index, settings, monkeypatch, name):
+    monkeypatch.setattr(records, "_SHARD_VIDEOS", 6)
+    made = prepare_records(index, settings)
+    before = _digests(made.folder)
+    (path,) = made.folder.rglob(name)
+    if name == "features.json":
+        path.unlink()
+    else:
+        _flip_a_bit(path)
+    checked = verify_records(index, settings)
+    assert len(checked.damage) == 1 and name in checked.damage[0]
+    assert _digests(made.folder) == before
+
+
+def test_a_video_that_failed_by_chance_is_tried_again(index, settings):
+    entry = index.entries[0]
+    path = index.path(entry)
+    size = path.stat().st_size
+    path.rename(path.with_suffix(".away"))
+    path.symlink_to(path)  # cannot be opened, whoever asks
+    assert size > 0
+    made = prepare_records(index, settings)
+    assert made.rows[entry.video_id].reason.startswith("cannot be read")
+    checked = verify_records(index, settings)
+    assert checked.damage == () and entry.video_id in checked.retried[0]
+    assert not checked.records.rows[entry.video_id].usable
+
+
+def test_an_unfinished_set_cannot_be_checked(index, settings):
+    with pytest.raises(FileNotFoundError, match="leave out --verify"):
+        verify_records(index, settings)
+
+
+def test_every_record_is_decoded(index, settings):
+    """A record that its digest vouches for but no decoder takes: the writer's fault."""
+    made = prepare_records(index, settings)
+    row = made.rows[index.entries[0].video_id]
+    example = dict(made.parse(tf.constant(made.read(row.record))))
+    assert records._check_record(row, example) == ""
+    broken = [b"no picture", *example["frames"].numpy()[1:]]
+    assert "cannot be decoded" in records._check_record(
+        row, example | {"frames": tf.constant(broken)}
+    )
+    assert "number" in records._check_record(row, example | {"flow": example["flow"][1:]})
+    assert "another video's" in records._check_record(
+        row, example | {"video_id": tf.constant("other")}
+    )
+
+
+def test_a_shard_of_invalid_videos_holds_nothing_and_hinders_nobody(index, settings, monkeypatch):
+    monkeypatch.setattr(records, "_SHARD_VIDEOS", 2)
+    for entry in index.entries[2:4]:
+        index.path(entry).write_bytes(b"")
+    made = prepare_records(index, settings)
+    assert len(_contents(made)) == len(index.entries) - 2
+    assert verify_records(index, settings).damage == ()

@@ -1,0 +1,294 @@
+"""How fast videos become records, by stage and in all, against the way peers do it.
+
+    STF_DATA=... python experiments/bench/prepare.py [--clips=24] [--rounds=3]
+
+On real clips (`$STF_DATA/ucf101_8`, spread over its classes), stored at 256x256. The stages run on
+one core, ours and theirs in turn, clip by clip; the whole runs on every core: ours by
+`stf_jax.records.prepare_records` with worker start-up, packing and digests, theirs as frame
+extraction scripts do it, one process per core, OpenCV for decoding and the same flow, and a JPEG
+file for each frame, each u and each v.
+
+Writes experiments/results/bench_data.csv; a case that is there already is replaced, others stay.
+  ours, theirs    median frames (or pairs of frames) per second; *_spread: half the range
+  ratio           ours / theirs: above 1 is faster
+"""
+
+import csv
+import functools
+import io
+import math
+import multiprocessing
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from absl import app, flags
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+_CLIPS = flags.DEFINE_integer("clips", 24, "Videos to prepare.")
+_ROUNDS = flags.DEFINE_integer("rounds", 3, "Times that the whole is timed.")
+_OUT = flags.DEFINE_string("out", "experiments/results/bench_data.csv", "The table.")
+
+SIDE = 256
+FRAMES = 40  # of a clip, for the stages
+QUALITY = 95
+BOUND = 20.0
+COLUMNS = (
+    "case",
+    "ours",
+    "theirs",
+    "ratio",
+    "unit",
+    "ours_spread",
+    "theirs_spread",
+    "rounds",
+    "commit",
+    "machine",
+)
+
+
+def chosen_clips(count: int) -> list[Path]:
+    """Clips from all over the data set."""
+    root = Path(os.environ["STF_DATA"], "ucf101_8", "UCF-101")
+    clips = sorted(root.glob("*/*.avi"))
+    return clips[:: max(1, len(clips) // count)][:count]
+
+
+def settings_of(root: Path) -> Any:
+    """How the clips are stored."""
+    from stf_jax.prepare import RecordSettings
+
+    return RecordSettings(
+        root=str(root), size=SIDE, resize="squash", flow_size=SIDE, flow_algorithm="dis",
+        flow_bound=BOUND, jpeg_quality=QUALITY, min_truncated_frames=24, max_pixels=10**7,
+        max_frames=20_000, max_seconds=1200.0, timeout=600.0, workers=0,
+    )  # fmt: skip
+
+
+# --- stages ----------------------------------------------------------------------------------
+
+
+def _decoded(path: Path) -> list[np.ndarray]:
+    from stf_jax.video import VideoReader
+
+    frames: list[np.ndarray] = []
+    for frame in VideoReader(path):
+        frames.append(frame)
+        if len(frames) == FRAMES:
+            break
+    return frames
+
+
+def _decoded_by_opencv(path: Path) -> list[np.ndarray]:
+    capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
+    frames: list[np.ndarray] = []
+    while len(frames) < FRAMES:
+        found, frame = capture.read()
+        if not found:
+            break
+        frames.append(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
+    capture.release()
+    return frames
+
+
+def _pillow_jpeg(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "jpeg", quality=QUALITY)
+    return buffer.getvalue()
+
+
+def clip_rates(clip: Path) -> dict[str, tuple[float, float]]:
+    """Frames per second and core of each stage, ours and theirs, on one clip."""
+    from stf_jax import flow as optical_flow
+    from stf_jax import prepare
+
+    frames = _decoded(clip)
+    small = [prepare._resize(frame, (SIDE, SIDE)) for frame in frames]
+    greys = [optical_flow.to_grey(frame) for frame in small]
+    pairs = list(zip(greys, greys[1:], strict=False))
+    dis, tvl1 = optical_flow.make_flow("dis"), optical_flow.make_flow("tvl1")
+    fields = [dis(*pair) for pair in pairs]
+    pictures = [Image.fromarray(frame) for frame in frames]
+    stacked = [prepare._u_above_v(field, BOUND) for field in fields]
+
+    def both(ours: Callable[[], Any], theirs: Callable[[], Any]) -> tuple[float, float]:
+        return _rate(ours), _rate(theirs)
+
+    return {
+        "decode (theirs: OpenCV)": both(lambda: _decoded(clip), lambda: _decoded_by_opencv(clip)),
+        "resize (theirs: Pillow)": both(
+            lambda: [prepare._resize(frame, (SIDE, SIDE)) for frame in frames],
+            lambda: [p.resize((SIDE, SIDE), Image.Resampling.BILINEAR) for p in pictures],
+        ),
+        "flow, DIS (theirs: OpenCV's TV-L1)": both(
+            lambda: [dis(*pair) for pair in pairs], lambda: [tvl1(*pair) for pair in pairs[:1]]
+        ),
+        "encode frames (theirs: Pillow)": both(
+            lambda: [prepare._jpeg(cv2.cvtColor(f, cv2.COLOR_RGB2BGR), QUALITY) for f in small],
+            lambda: [_pillow_jpeg(frame) for frame in small],
+        ),
+        "quantise flow and stack it": (
+            _rate(lambda: [prepare._u_above_v(field, BOUND) for field in fields]),
+            math.nan,
+        ),
+        "encode flow (theirs: Pillow)": both(
+            lambda: [prepare._jpeg(picture, QUALITY) for picture in stacked],
+            lambda: [_pillow_jpeg(picture) for picture in stacked],
+        ),
+    }
+
+
+def _rate(work: Callable[[], Sequence[Any]]) -> float:
+    began = time.perf_counter()
+    return len(work()) / (time.perf_counter() - began)
+
+
+def stage_rates(clips: Sequence[Path]) -> list[dict[str, Any]]:
+    """The rows of the stages."""
+    cv2.setNumThreads(1)
+    rates = [clip_rates(clip) for clip in clips]
+    return [
+        _row(f"stage, one core: {case}", "frames/s", *zip(*(r[case] for r in rates), strict=True))
+        for case in rates[0]
+    ]
+
+
+# --- the whole -------------------------------------------------------------------------------
+
+
+def _index(clips: Sequence[Path]) -> Any:
+    from stf_jax.datasets import ClipEntry, VideoIndex
+
+    root = clips[0].parents[1]
+    entries = [
+        ClipEntry(clip.relative_to(root).as_posix(), 0, clip.name, "train") for clip in clips
+    ]
+    return VideoIndex(
+        name="bench", root=root, class_names=("any",), entries=tuple(entries), protocol="none",
+        leaky=False, overlap=0.0, notes=(), missing=0,
+    )  # fmt: skip
+
+
+def ours(clips: Sequence[Path], folder: Path) -> float:
+    """Frames per second of the whole."""
+    from stf_jax.records import prepare_records
+
+    began = time.perf_counter()
+    records = prepare_records(_index(clips), settings_of(folder))
+    took = time.perf_counter() - began
+    return sum(row.num_frames for row in records.rows.values()) / took
+
+
+def _extract(clip: Path, folder: Path) -> int:
+    """What a frame extraction script does to one video; returns its frames."""
+    cv2.setNumThreads(1)
+    out = folder / clip.stem
+    out.mkdir()
+    dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)  # type: ignore[attr-defined]
+    quality = [cv2.IMWRITE_JPEG_QUALITY, QUALITY]
+    capture = cv2.VideoCapture(str(clip), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
+    previous, count = None, 0
+    while True:
+        found, frame = capture.read()
+        if not found:
+            return count
+        count += 1
+        frame = cv2.resize(frame, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
+        cv2.imwrite(str(out / f"img_{count:05}.jpg"), frame, quality)
+        grey = cv2.cvtColor(frame, cv2.COLOR_BGR2GRAY)
+        if previous is not None:
+            flow = dis.calc(previous, grey, None)
+            levels = np.rint((np.clip(flow, -BOUND, BOUND) + BOUND) * (255 / (2 * BOUND)))
+            for k, name in enumerate("xy"):
+                path = str(out / f"flow_{name}_{count:05}.jpg")
+                cv2.imwrite(path, levels[..., k].astype(np.uint8), quality)
+        previous = grey
+
+
+def theirs(clips: Sequence[Path], folder: Path) -> float:
+    """The same of a frame extraction script."""
+    began = time.perf_counter()
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        counts = pool.map(functools.partial(_extract, folder=folder), clips, chunksize=1)
+    return sum(counts) / (time.perf_counter() - began)
+
+
+def whole_rates(clips: Sequence[Path], rounds: int) -> dict[str, Any]:
+    """Frames per second of everything, with all cores, in turn."""
+    rates: dict[str, list[float]] = {"ours": [], "theirs": []}
+    for _ in range(rounds):
+        for name, work in (("ours", ours), ("theirs", theirs)):
+            folder = Path(tempfile.mkdtemp(prefix="bench_prepare_"))
+            try:
+                rates[name].append(work(clips, folder))
+            finally:
+                shutil.rmtree(folder)
+            print(name, round(rates[name][-1], 1), "frames/s", flush=True)
+    case = (
+        f"prepare, {os.cpu_count()} cores: decode, resize, DIS, encode, pack (theirs: JPEG files)"
+    )
+    return _row(case, "frames/s", rates["ours"], rates["theirs"])
+
+
+def _row(case: str, unit: str, ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
+    row: dict[str, Any] = {"case": case, "unit": unit, "rounds": len(ours)}
+    for name, rates in (("ours", ours), ("theirs", theirs)):
+        if not math.isnan(rates[0]):
+            row[name] = round(statistics.median(rates), 1)
+            row[f"{name}_spread"] = round((max(rates) - min(rates)) / 2, 1)
+    if "theirs" in row:
+        row["ratio"] = round(row["ours"] / row["theirs"], 3)
+    return row
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Puts rows into the table, in the place of older ones of their cases."""
+    kept: list[dict[str, Any]] = []
+    cases = {row["case"] for row in rows}
+    if path.exists():
+        with open(path, newline="", encoding="utf-8") as file:
+            kept = [old for old in csv.DictReader(file) if old["case"] not in cases]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows([*kept, *rows])
+
+
+def _origin() -> dict[str, str]:
+    from stf_jax.main import environment
+
+    facts = environment()
+    model = "unknown processor"
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = line.partition(":")[2].strip()
+    return {"commit": facts["commit"], "machine": f"{facts['machine']}, {model}"}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Times everything and writes the table."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown argument {argv[1]!r}")
+    if "STF_DATA" not in os.environ:
+        sys.exit("error: STF_DATA must name the folder that holds ucf101_8/")
+    origin = _origin()
+    clips = chosen_clips(_CLIPS.value)
+    rows = [*stage_rates(clips[::3]), whole_rates(clips, _ROUNDS.value)]
+    for row in rows:
+        print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+    write_rows(Path(_OUT.value), [row | origin for row in rows])
+
+
+if __name__ == "__main__":
+    app.run(main)
