@@ -1,5 +1,6 @@
 # make demo   videos -> flow -> records -> two stages -> evaluation -> report, in runs/demo
 # make test   the whole test suite
+# make test-beam  preparation on Apache Beam, in an environment of its own (.venv-beam)
 # make check  lint, formatting and types
 # make install EXTRAS=cuda12   the GPU build of JAX instead of the CPU one
 # make install EXTRAS=bench    PyTorch too, for experiments/bench and the tests against it
@@ -13,7 +14,7 @@ comma := ,
 # Set-up is redone when one of these changes; the stamp's name remembers the extras.
 STAMP := .venv/.installed$(if $(EXTRAS),-$(subst $(comma),-,$(EXTRAS)))
 
-.PHONY: install demo test check clean
+.PHONY: install demo test test-beam check clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -36,10 +37,19 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest
 
+test-beam: .venv-beam/.installed
+	.venv-beam/bin/python -m pytest tests/test_prepare_script.py tests/test_records.py
+
+.venv-beam/.installed: pyproject.toml constraints-beam.txt
+	test -x .venv-beam/bin/python || $(PYTHON) -m venv .venv-beam
+	.venv-beam/bin/python -m pip install --quiet --constraint constraints-beam.txt \
+	  --editable '.[dev,beam]'
+	touch $@
+
 check: $(READY)
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv runs data records
+	rm -rf .venv .venv-beam runs data records

@@ -280,5 +280,6 @@ def test_only_what_changes_the_bytes_is_in_the_stamp(settings):
         {"resize": "short_side"},
         {"flow_bound": 4.0},
         {"flow_algorithm": "farneback"},
+        {"flow_algorithm": "dis_quick"},
     ):
         assert dataclasses.replace(settings, **change).stamp() != settings.stamp()

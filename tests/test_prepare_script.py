@@ -1,5 +1,7 @@
 """experiments/prepare.py as a user runs it: exit codes, and a disk that does not take it."""
 
+import hashlib
+import importlib.util
 import os
 import resource
 import shutil
@@ -25,7 +27,6 @@ def _command(videos, root, *more):
         str(ROOT / "experiments" / "prepare.py"),
         f"--config={ROOT / 'configs' / 'folder.py'}:laptop",
         f"--config.data.root={videos}",
-        "--config.data.group_regex=_(g\\d)_",
         f"--config.records.root={root}",
         "--config.records.size=36",
         "--config.records.flow_size=48",
@@ -90,3 +91,22 @@ def test_a_folder_that_cannot_be_written_fails_at_once(videos, tmp_path, where):
     assert done.returncode == 1
     assert done.stderr.startswith("error: ") and str(root) in done.stderr
     assert "videos ->" not in done.stderr  # before any work
+
+
+def _digests(folder):
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {p.relative_to(folder): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("apache_beam") is None,
+    reason="Apache Beam is not installed: make test-beam",
+)
+def test_beam_makes_the_same_bytes(videos, tmp_path):
+    (videos / "left" / "empty.avi").touch()
+    assert _run(videos, tmp_path / "ordinary").returncode == 2
+    done = _run(videos, tmp_path / "beam", "--beam=--runner=DirectRunner")
+    assert done.returncode == 2, done.stderr
+    assert "DirectRunner makes 1 shards" in done.stdout
+    assert "left/empty.avi: NOT USED: empty file" in done.stdout
+    assert _digests(tmp_path / "beam") == _digests(tmp_path / "ordinary")

@@ -295,3 +295,30 @@ def test_a_shard_of_invalid_videos_holds_nothing_and_hinders_nobody(index, setti
     made = prepare_records(index, settings)
     assert len(_contents(made)) == len(index.entries) - 2
     assert verify_records(index, settings).damage == ()
+
+
+def test_the_tfds_builder_by_itself_makes_the_same_shards(index, settings, monkeypatch, tmp_path):
+    """What Apache Beam runs; here tfds calls its shards one after the other."""
+    monkeypatch.setattr(records, "_SHARD_VIDEOS", 8)
+    made = prepare_records(index, settings)
+    shards = records.plan_shards({entry.video_id: index.path(entry) for entry in index.entries})
+    builder = records.VideoRecords(shards, tmp_path / "s", settings, data_dir=tmp_path / "by_tfds")
+    builder.download_and_prepare()
+    by_tfds = _digests(tmp_path / "by_tfds" / "video_records")
+    assert len(by_tfds) == 4  # two shards, and what describes them
+    assert by_tfds == _digests(made.folder / "video_records")
+
+
+def test_shards_are_cut_by_number_and_by_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "_SHARD_VIDEOS", 3)
+    monkeypatch.setattr(records, "_SHARD_SOURCE_BYTES", 100)
+    sizes = {"a": 10, "b": 10, "c": 10, "d": 60, "e": 50, "f": 150, "g": 0}
+    for name, size in sizes.items():
+        (tmp_path / name).write_bytes(bytes(size))
+    shards = records.plan_shards({name: tmp_path / name for name in [*sizes, "absent"]})
+    assert [list(shard) for shard in shards] == [
+        ["a", "b", "c"],
+        ["d", "e"],
+        ["f"],
+        ["g", "absent"],
+    ]

@@ -71,11 +71,12 @@ def finished_videos(root: Path) -> dict[str, int]:
     return done
 
 
-def storm(name: str, root: Path, seconds: float, kills: int, seed: int) -> list[dict[str, int]]:
+def storm(
+    name: str, root: Path, start: float, seconds: float, kills: int, seed: int
+) -> list[dict[str, int]]:
     """Kills the command at random moments; returns what was finished after each kill."""
     chance = random.Random(f"{name} {seed}")
     snapshots: list[dict[str, int]] = []
-    start = 4.0  # until the first video, about
     while len(snapshots) < kills:
         process = subprocess.Popen(
             command(name, root),
@@ -84,8 +85,8 @@ def storm(name: str, root: Path, seconds: float, kills: int, seed: int) -> list[
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        # On average a tenth of the work is done between two kills; some come before any.
-        time.sleep(chance.uniform(0.5, start + 2 * seconds / kills))
+        # On average less than a tenth of the work is done between two kills; some come before any.
+        time.sleep(chance.uniform(start / 2, start + 1.5 * seconds / kills))
         alive = process.poll() is None
         os.killpg(process.pid, signal.SIGKILL) if alive else None
         process.wait()
@@ -118,7 +119,8 @@ def prove(name: str, kills: int, seed: int) -> dict[str, Any]:
     folder = Path(tempfile.mkdtemp(prefix="interrupted_"))
     try:
         seconds = run(name, folder / "quiet")
-        snapshots = storm(name, folder / "storm", seconds, kills, seed)
+        start = run(name, folder / "quiet")  # finds nothing to do
+        snapshots = storm(name, folder / "storm", start, seconds - start, kills, seed)
         run(name, folder / "storm")
         quiet, stormy = digests(folder / "quiet"), digests(folder / "storm")
         (manifest,) = (folder / "quiet").rglob("manifest.csv")

@@ -1,6 +1,6 @@
 """How fast videos become records, by stage and in all, against the way peers do it.
 
-    STF_DATA=... python experiments/bench/prepare.py [--clips=24] [--rounds=3]
+    STF_DATA=... python experiments/bench/prepare.py [--clips=16] [--rounds=3]
 
 On real clips (`$STF_DATA/ucf101_8`, spread over its classes), stored at 256x256. The stages run on
 one core, ours and theirs in turn, clip by clip; the whole runs on every core: ours by
@@ -9,8 +9,8 @@ extraction scripts do it, one process per core, OpenCV for decoding and the same
 file for each frame, each u and each v.
 
 Writes experiments/results/bench_data.csv; a case that is there already is replaced, others stay.
-  ours, theirs    median frames (or pairs of frames) per second; *_spread: half the range
-  ratio           ours / theirs: above 1 is faster
+  ours, theirs    median frames (or pairs) per second, or as `unit` says; *_spread: half the range
+  ratio           ours / theirs: of rates, above 1 is faster
 """
 
 import csv
@@ -35,7 +35,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-_CLIPS = flags.DEFINE_integer("clips", 24, "Videos to prepare.")
+_CLIPS = flags.DEFINE_integer("clips", 16, "Videos to prepare.")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Times that the whole is timed.")
 _OUT = flags.DEFINE_string("out", "experiments/results/bench_data.csv", "The table.")
 
@@ -64,12 +64,12 @@ def chosen_clips(count: int) -> list[Path]:
     return clips[:: max(1, len(clips) // count)][:count]
 
 
-def settings_of(root: Path) -> Any:
+def settings_of(root: Path, algorithm: str) -> Any:
     """How the clips are stored."""
     from stf_jax.prepare import RecordSettings
 
     return RecordSettings(
-        root=str(root), size=SIDE, resize="squash", flow_size=SIDE, flow_algorithm="dis",
+        root=str(root), size=SIDE, resize="squash", flow_size=SIDE, flow_algorithm=algorithm,
         flow_bound=BOUND, jpeg_quality=QUALITY, min_truncated_frames=24, max_pixels=10**7,
         max_frames=20_000, max_seconds=1200.0, timeout=600.0, workers=0,
     )  # fmt: skip
@@ -124,14 +124,18 @@ def clip_rates(clip: Path) -> dict[str, tuple[float, float]]:
     def both(ours: Callable[[], Any], theirs: Callable[[], Any]) -> tuple[float, float]:
         return _rate(ours), _rate(theirs)
 
+    quick = optical_flow.make_flow("dis_quick")
     return {
         "decode (theirs: OpenCV)": both(lambda: _decoded(clip), lambda: _decoded_by_opencv(clip)),
         "resize (theirs: Pillow)": both(
             lambda: [prepare._resize(frame, (SIDE, SIDE)) for frame in frames],
             lambda: [p.resize((SIDE, SIDE), Image.Resampling.BILINEAR) for p in pictures],
         ),
-        "flow, DIS (theirs: OpenCV's TV-L1)": both(
+        "flow, dis (theirs: OpenCV's TV-L1)": both(
             lambda: [dis(*pair) for pair in pairs], lambda: [tvl1(*pair) for pair in pairs[:1]]
+        ),
+        "flow, dis_quick (theirs: dis)": both(
+            lambda: [quick(*pair) for pair in pairs], lambda: [dis(*pair) for pair in pairs]
         ),
         "encode frames (theirs: Pillow)": both(
             lambda: [prepare._jpeg(cv2.cvtColor(f, cv2.COLOR_RGB2BGR), QUALITY) for f in small],
@@ -146,6 +150,37 @@ def clip_rates(clip: Path) -> dict[str, tuple[float, float]]:
             lambda: [_pillow_jpeg(picture) for picture in stacked],
         ),
     }
+
+
+def warped_error(previous: np.ndarray, following: np.ndarray, field: np.ndarray) -> float:
+    """Mean difference in grey levels between a frame and the next one, warped back by the flow."""
+    rows, columns = np.mgrid[: previous.shape[0], : previous.shape[1]].astype(np.float32)
+    back = cv2.remap(
+        following,
+        columns + field[..., 0],
+        rows + field[..., 1],
+        cv2.INTER_LINEAR,
+        borderMode=cv2.BORDER_REPLICATE,
+    )
+    return float(np.abs(back.astype(np.float32) - previous).mean())
+
+
+def error_row(clips: Sequence[Path]) -> dict[str, Any]:
+    """The error after warping of 'dis_quick' against that of 'dis'."""
+    from stf_jax import flow as optical_flow
+    from stf_jax import prepare
+
+    errors: dict[str, list[float]] = {"dis_quick": [], "dis": []}
+    for clip in clips:
+        greys = [
+            optical_flow.to_grey(prepare._resize(frame, (SIDE, SIDE))) for frame in _decoded(clip)
+        ]
+        for name, found in errors.items():
+            compute = optical_flow.make_flow(name)
+            pairs = list(zip(greys[::4], greys[1::4], strict=False))
+            found.append(statistics.mean(warped_error(a, b, compute(a, b)) for a, b in pairs))
+    case = "error after warping, dis_quick (theirs: dis)"
+    return _row(case, "grey levels", errors["dis_quick"], errors["dis"], digits=3)
 
 
 def _rate(work: Callable[[], Sequence[Any]]) -> float:
@@ -179,22 +214,24 @@ def _index(clips: Sequence[Path]) -> Any:
     )  # fmt: skip
 
 
-def ours(clips: Sequence[Path], folder: Path) -> float:
+def ours(clips: Sequence[Path], folder: Path, algorithm: str) -> float:
     """Frames per second of the whole."""
     from stf_jax.records import prepare_records
 
     began = time.perf_counter()
-    records = prepare_records(_index(clips), settings_of(folder))
+    records = prepare_records(_index(clips), settings_of(folder, algorithm))
     took = time.perf_counter() - began
     return sum(row.num_frames for row in records.rows.values()) / took
 
 
-def _extract(clip: Path, folder: Path) -> int:
+def _extract(clip: Path, folder: Path, algorithm: str) -> int:
     """What a frame extraction script does to one video; returns its frames."""
+    from stf_jax import flow as optical_flow
+
     cv2.setNumThreads(1)
     out = folder / clip.stem
     out.mkdir()
-    dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)  # type: ignore[attr-defined]
+    compute = optical_flow.make_flow(algorithm)
     quality = [cv2.IMWRITE_JPEG_QUALITY, QUALITY]
     capture = cv2.VideoCapture(str(clip), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
     previous, count = None, 0
@@ -207,7 +244,7 @@ def _extract(clip: Path, folder: Path) -> int:
         cv2.imwrite(str(out / f"img_{count:05}.jpg"), frame, quality)
         grey = cv2.cvtColor(frame, cv2.COLOR_BGR2GRAY)
         if previous is not None:
-            flow = dis.calc(previous, grey, None)
+            flow = compute(previous, grey)
             levels = np.rint((np.clip(flow, -BOUND, BOUND) + BOUND) * (255 / (2 * BOUND)))
             for k, name in enumerate("xy"):
                 path = str(out / f"flow_{name}_{count:05}.jpg")
@@ -215,37 +252,41 @@ def _extract(clip: Path, folder: Path) -> int:
         previous = grey
 
 
-def theirs(clips: Sequence[Path], folder: Path) -> float:
+def theirs(clips: Sequence[Path], folder: Path, algorithm: str) -> float:
     """The same of a frame extraction script."""
     began = time.perf_counter()
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
-        counts = pool.map(functools.partial(_extract, folder=folder), clips, chunksize=1)
+        counts = pool.map(
+            functools.partial(_extract, folder=folder, algorithm=algorithm), clips, chunksize=1
+        )
     return sum(counts) / (time.perf_counter() - began)
 
 
-def whole_rates(clips: Sequence[Path], rounds: int) -> dict[str, Any]:
+def whole_rates(clips: Sequence[Path], rounds: int, algorithm: str) -> dict[str, Any]:
     """Frames per second of everything, with all cores, in turn."""
     rates: dict[str, list[float]] = {"ours": [], "theirs": []}
     for _ in range(rounds):
         for name, work in (("ours", ours), ("theirs", theirs)):
             folder = Path(tempfile.mkdtemp(prefix="bench_prepare_"))
             try:
-                rates[name].append(work(clips, folder))
+                rates[name].append(work(clips, folder, algorithm))
             finally:
                 shutil.rmtree(folder)
-            print(name, round(rates[name][-1], 1), "frames/s", flush=True)
+            print(algorithm, name, round(rates[name][-1], 1), "frames/s", flush=True)
     case = (
-        f"prepare, {os.cpu_count()} cores: decode, resize, DIS, encode, pack (theirs: JPEG files)"
+        f"prepare {SIDE}x{SIDE}, {algorithm}, {os.cpu_count()} cores (theirs: script, JPEG files)"
     )
     return _row(case, "frames/s", rates["ours"], rates["theirs"])
 
 
-def _row(case: str, unit: str, ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
+def _row(
+    case: str, unit: str, ours: Sequence[float], theirs: Sequence[float], digits: int = 1
+) -> dict[str, Any]:
     row: dict[str, Any] = {"case": case, "unit": unit, "rounds": len(ours)}
     for name, rates in (("ours", ours), ("theirs", theirs)):
         if not math.isnan(rates[0]):
-            row[name] = round(statistics.median(rates), 1)
-            row[f"{name}_spread"] = round((max(rates) - min(rates)) / 2, 1)
+            row[name] = round(statistics.median(rates), digits)
+            row[f"{name}_spread"] = round((max(rates) - min(rates)) / 2, digits)
     if "theirs" in row:
         row["ratio"] = round(row["ours"] / row["theirs"], 3)
     return row
@@ -284,7 +325,8 @@ def main(argv: Sequence[str]) -> None:
         sys.exit("error: STF_DATA must name the folder that holds ucf101_8/")
     origin = _origin()
     clips = chosen_clips(_CLIPS.value)
-    rows = [*stage_rates(clips[::3]), whole_rates(clips, _ROUNDS.value)]
+    rows = [*stage_rates(clips[::3]), error_row(clips)]
+    rows += [whole_rates(clips, _ROUNDS.value, name) for name in ("dis", "dis_quick")]
     for row in rows:
         print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     write_rows(Path(_OUT.value), [row | origin for row in rows])
