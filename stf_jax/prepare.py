@@ -295,6 +295,14 @@ def file_digest(path: Path) -> tuple[str, int]:
         return digest, os.fstat(file.fileno()).st_size
 
 
+def source_size(path: Path) -> int:
+    """The size of a video file in bytes, without reading it; -1 if it is not there."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1  # Preparation will say why it cannot be read.
+
+
 # --- staging ---------------------------------------------------------------------------------
 
 
@@ -486,7 +494,7 @@ class Estimate:
             videos=len(rest),
             frames=round(share * sum(row.num_frames for row in rows)),
             decoded_bytes=round(share * decoded),
-            disk_bytes=round(share * sum(_size(job.staged) for job in done)),
+            disk_bytes=round(share * sum(job.staged.stat().st_size for job in done)),
             seconds=share * seconds,
             free_bytes=shutil.disk_usage(folder).free,
         )
@@ -521,14 +529,7 @@ def _gigabytes(count: int) -> str:
 
 
 def _source_bytes(jobs: Sequence[_Job]) -> int:
-    return sum(max(0, _size(job.path)) for job in jobs)
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0
+    return sum(max(0, source_size(job.path)) for job in jobs)
 
 
 def _in_parallel(

@@ -213,16 +213,9 @@ def record_folder(index: VideoIndex, settings: RecordSettings) -> Path:
 
 def _key(index: VideoIndex, settings: RecordSettings) -> str:
     """Names the settings and the files (by size: reading them all would cost every start)."""
-    files = [(entry.video_id, _size(index.path(entry))) for entry in index.entries]
+    files = [(entry.video_id, prepare.source_size(index.path(entry))) for entry in index.entries]
     text = json.dumps([settings.stamp(), files], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1  # Preparation will say why it cannot be read.
 
 
 def _data_folder(folder: Path) -> Path:
@@ -245,7 +238,7 @@ def plan_shards(videos: Mapping[str, Path]) -> list[dict[str, Path]]:
             shards.append({})
             filled = 0
         shards[-1][video_id] = path
-        filled += max(0, _size(path))
+        filled += max(0, prepare.source_size(path))
     return shards
 
 

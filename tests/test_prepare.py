@@ -2,11 +2,14 @@ import dataclasses
 import hashlib
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from fractions import Fraction
 
+import av
 import cv2
 import numpy as np
 import pytest
@@ -283,3 +286,98 @@ def test_only_what_changes_the_bytes_is_in_the_stamp(settings):
         {"flow_algorithm": "dis_quick"},
     ):
         assert dataclasses.replace(settings, **change).stamp() != settings.stamp()
+
+
+# --- what it will take -----------------------------------------------------------------------
+
+
+def test_a_sample_tells_what_the_rest_will_take(tmp_path, settings, make_video, capsys):
+    """Of 20 videos of like size a sample of 4 comes first; the other 16 take 4 times as much."""
+    videos = {f"{i:02}.avi": make_video(tmp_path / f"{i:02}.avi", frames=6) for i in range(20)}
+    rows = list(stage_videos(videos, tmp_path / "staged", settings))
+    first = [row.video_id for row in rows[:4]]
+    assert sorted(first) == ["00.avi", "06.avi", "13.avi", "19.avi"]
+    said = capsys.readouterr().out
+    staged = sum(staged_path(tmp_path / "staged", k).stat().st_size for k in first)
+    assert said.startswith("to do: 16 videos, about 96 frames")
+    assert f"{16 * 6 * 48 * 64 * 3 / 1e9:.3g} GB decoded" in said
+    told = float(said.split("decoded), ")[1].split(" GB on disk")[0])
+    assert told == pytest.approx(4 * staged / 1e9, rel=0.01)
+
+
+def test_a_disk_that_would_not_hold_it_stops_it_early(tmp_path, settings, make_video, monkeypatch):
+    videos = {f"{i:02}.avi": make_video(tmp_path / f"{i:02}.avi", frames=3) for i in range(12)}
+    free = shutil.disk_usage(tmp_path)._replace(free=64 << 20)  # what is to be left free, no more
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: free)
+    with pytest.raises(OSError, match=r"0.0671 GB free and the 8 videos .* need about .* GB"):
+        list(stage_videos(videos, tmp_path / "staged", settings))
+    assert len(list((tmp_path / "staged").glob("*.npz"))) == 4  # the sample, which stays
+    monkeypatch.undo()
+    assert len(list(stage_videos(videos, tmp_path / "staged", settings))) == 12
+
+
+def test_a_worker_ends_soon_after_its_parent_was_killed(tmp_path):
+    """Or it would go on for as long as its video, while the next run does it too."""
+    script = tmp_path / "orphan.py"
+    script.write_text(_ORPHAN)
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as run:
+        worker = int(run.stdout.readline())
+        run.kill()
+    for _ in range(100):
+        if not os.path.exists(f"/proc/{worker}") or "State:\tZ" in _status(worker):
+            return
+        time.sleep(0.1)
+    os.kill(worker, signal.SIGKILL)
+    pytest.fail("the worker outlived its parent by 10 s")
+
+
+def _status(pid):
+    try:
+        with open(f"/proc/{pid}/status") as file:
+            return file.read()
+    except OSError:
+        return "State:\tZ"
+
+
+_ORPHAN = """
+import multiprocessing, os, time
+from stf_jax import prepare
+
+def work(parent):
+    prepare._begin_worker(parent)
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+
+if __name__ == "__main__":
+    worker = multiprocessing.get_context("spawn").Process(target=work, args=(os.getpid(),))
+    worker.start()
+    worker.join()
+"""
+
+
+def test_variable_frame_rates_keep_their_times(tmp_path, settings):
+    times, tick = [0, 40, 50, 200, 210, 1000], Fraction(1, 1000)
+    with av.open(str(tmp_path / "v.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.codec_context.time_base = tick
+        for time_of in times:
+            picture = np.full((48, 64, 3), time_of % 251, np.uint8)
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = time_of, tick
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    row, encoded = describe("v.mp4", tmp_path / "v.mp4", settings)
+    np.testing.assert_allclose(encoded.times, [1000 * t for t in times], atol=1000)
+    assert row.fps > 0
+
+
+def test_what_a_video_may_cost_is_a_setting(tmp_path, settings, make_video):
+    path = make_video(tmp_path / "v.avi", frames=30, size=(48, 64))
+    for limit, said in (
+        ({"max_pixels": 1000}, "too many pixels: 64x48"),
+        ({"max_frames": 20}, "too many frames: more than 20"),
+        ({"max_seconds": 0.5}, "too long: more than 0.5 s"),
+    ):
+        row, encoded = describe("v.avi", path, dataclasses.replace(settings, **limit))
+        assert encoded is None and row.reason == said

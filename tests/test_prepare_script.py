@@ -47,22 +47,18 @@ def _run(*command, **kwargs):
 
 
 def test_prepares_reports_checks_and_mends(videos, tmp_path):
-    done = _run(videos, tmp_path / "records")
-    assert done.returncode == 0, done.stderr
-    assert "16 videos" in done.stdout and "0 cannot be used" in done.stdout
     (videos / "left" / "page.avi").write_text("<html>404</html>")
     done = _run(videos, tmp_path / "records")
     assert done.returncode == 2, done.stderr
+    assert "16 videos" in done.stdout and "1 cannot be used" in done.stdout
     assert "left/page.avi: NOT USED: not a video: HTML document" in done.stdout
-    for shard in (tmp_path / "records").rglob("*.array_record*"):
-        content = bytearray(shard.read_bytes())
-        content[len(content) // 2] ^= 4
-        shard.write_bytes(content)
+    (shard,) = (tmp_path / "records").rglob("*.array_record*")
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
     done = _run(videos, tmp_path / "records", "--verify")
     assert done.returncode == 3, done.stderr
-    assert "mended: video_records-videos.array_record-00000-of-00001 is not what" in done.stdout
-    done = _run(videos, tmp_path / "records", "--verify")
-    assert done.returncode == 2 and "all intact" in done.stdout
+    assert f"mended: {shard.name} has {len(whole) // 2} bytes" in done.stdout
+    assert shard.read_bytes() == whole
 
 
 def test_a_full_disk_ends_it_and_leaves_nothing_half_written(videos, tmp_path):
@@ -80,17 +76,11 @@ def test_a_full_disk_ends_it_and_leaves_nothing_half_written(videos, tmp_path):
     assert _run(videos, tmp_path / "records").returncode == 0
 
 
-@pytest.mark.parametrize("where", ["read-only", "a file"])
-def test_a_folder_that_cannot_be_written_fails_at_once(videos, tmp_path, where):
-    if where == "a file":
-        root = tmp_path / "records"
-        root.write_text("in the way")
-    else:
-        root = Path("/proc/records")  # nobody can write there, not even root
-    done = _run(videos, root)
+def test_a_folder_that_nobody_can_write_fails_before_any_work(videos):
+    done = _run(videos, Path("/proc/records"))  # not even root can
     assert done.returncode == 1
-    assert done.stderr.startswith("error: ") and str(root) in done.stderr
-    assert "videos ->" not in done.stderr  # before any work
+    assert done.stderr.startswith("error: ") and "/proc/records" in done.stderr
+    assert "videos ->" not in done.stderr
 
 
 def _digests(folder):

@@ -280,7 +280,7 @@ def whole_rates(clips: Sequence[Path], rounds: int, algorithm: str) -> dict[str,
 
 
 def _row(
-    case: str, unit: str, ours: Sequence[float], theirs: Sequence[float], digits: int = 1
+    case: str, unit: str, ours: Sequence[float], theirs: Sequence[float], *, digits: int = 1
 ) -> dict[str, Any]:
     row: dict[str, Any] = {"case": case, "unit": unit, "rounds": len(ours)}
     for name, rates in (("ours", ours), ("theirs", theirs)):
