@@ -3,14 +3,14 @@
     STF_DATA=... python experiments/bench/interrupted.py [--kills=10] [--seed=0]
 
 Prepares `ucf101_8` (official lists) and `weizmann` (the person as group) twice through
-experiments/prepare.py with the laptop settings: once undisturbed, and once killed, with its worker
+experiments/prepare.py with the laptop settings (flow at 80 px, to be short): once undisturbed, and once killed, with its worker
 processes, at random moments that are spread over the whole work, and then finished. Compares the
 sha256 of every file of both sets and counts the videos that were done twice.
 
 Writes experiments/results/prepare_interrupted.csv:
   kills           that met the command at work
   kept            videos, in shards or staged, that were there at each kill
-  lost            of these, how many were not there any more at the end of the next start: 0
+  lost            of these, how many were gone, or done again, at the next kill: 0
   files           compared; identical: whether every byte is the same
 """
 
@@ -48,6 +48,7 @@ def command(name: str, root: Path) -> list[str]:
         "weizmann": ["--config=configs/folder.py:laptop", "--config.data.group_regex=^([a-z]+)_"],
     }[name]
     common = [f"--config.data.root={data}", f"--config.records.root={root}"]
+    common.append("--config.records.flow_size=80")
     return [sys.executable, "experiments/prepare.py", *card, *common]
 
 
