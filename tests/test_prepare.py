@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import cv2
@@ -191,6 +192,11 @@ def test_finished_videos_are_not_done_twice(tmp_path, settings, make_video):
     assert not list(folder.glob(".*.part"))
 
 
+def _environment():
+    """In which a script imports the package that is tested, not one that is installed."""
+    return {**os.environ, "PYTHONPATH": str(Path(prepare.__file__).parents[1])}
+
+
 _STAGE = """
 import pickle, sys
 from stf_jax.prepare import stage_videos
@@ -213,6 +219,7 @@ def test_killed_at_any_moment_it_ends_the_same(tmp_path, settings, make_video):
         process = subprocess.Popen(
             [sys.executable, str(script), argument],
             stderr=subprocess.DEVNULL,
+            env=_environment(),
             start_new_session=True,
         )
         time.sleep(delay)
@@ -320,7 +327,8 @@ def test_a_worker_ends_soon_after_its_parent_was_killed(tmp_path):
     """Or it would go on for as long as its video, while the next run does it too."""
     script = tmp_path / "orphan.py"
     script.write_text(_ORPHAN)
-    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as run:
+    command = [sys.executable, str(script)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=_environment()) as run:
         worker = int(run.stdout.readline())
         run.kill()
     for _ in range(100):

@@ -3,9 +3,10 @@
     STF_DATA=... python experiments/bench/interrupted.py [--kills=10] [--seed=0]
 
 Prepares `ucf101_8` (official lists) and `weizmann` (the person as group) twice through
-experiments/prepare.py with the laptop settings (flow at 80 px, to be short): once undisturbed, and once killed, with its worker
-processes, at random moments that are spread over the whole work, and then finished. Compares the
-sha256 of every file of both sets and counts the videos that were done twice.
+experiments/prepare.py with the laptop settings (flow at 80 px, to be short): once undisturbed, and
+once killed, with its worker processes, at random moments that are spread over the whole work, and
+then finished. Compares the sha256 of every file of both sets and counts the videos that were done
+twice.
 
 Writes experiments/results/prepare_interrupted.csv:
   kills           that met the command at work
