@@ -4,8 +4,9 @@ import csv
 import dataclasses
 import functools
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +16,14 @@ from jaxtyping import Array, Float
 
 from stf_jax import prepare, progress
 from stf_jax.checkpoint import Params
-from stf_jax.datasets import ClipEntry, VideoIndex
+from stf_jax.index import ClipEntry, VideoIndex
 from stf_jax.inputs import Batch, InputSettings, flow_to_pixels, network_input
 from stf_jax.metrics import Figures, summarise
 from stf_jax.model import Network, fold_pyramid
 from stf_jax.parallel import COMPILER_OPTIONS, divide, place
 from stf_jax.pipeline import batches, steps_per_epoch
 from stf_jax.records import Records
-from stf_jax.run import Run, Settings, usable_entries
+from stf_jax.run import Run, Settings, best_params, usable_entries
 
 
 @functools.partial(jax.jit, static_argnames=("model", "inputs"), compiler_options=COMPILER_OPTIONS)
@@ -117,12 +118,30 @@ def evaluate_subset(
 
 
 def score_run(
-    run: Run, settings: Settings, index: VideoIndex, records: Records, subset: str = "test"
+    run: Run,
+    settings: Settings,
+    index: VideoIndex,
+    records: Records,
+    subset: str = "test",
+    *,
+    stamp: Mapping[str, Any],
+    allow: Collection[str],
 ) -> Scores:
-    """Scores a subset with the best weights of a run's last stage."""
-    checkpoints = run.best(settings.evaluated_stage)
-    _, params, _ = checkpoints.restore(settings.abstract_params(len(index.class_names)))
-    checkpoints.close()
+    """Scores a subset with the best weights of a run's last stage.
+
+    Args:
+      run: the run.
+      settings: its settings.
+      index: the videos.
+      records: their stored frames and flow.
+      subset: of the index.
+      stamp: what the weights must have been trained with (`run.stamp_of`).
+      allow: in what they may differ from it.
+
+    Raises:
+      ValueError: they were trained with another split, other classes or other flow.
+    """
+    params = best_params(run, settings, settings.evaluated_stage, stamp, allow)
     return evaluate_subset(settings, params, index, records, subset, show_progress=True)
 
 

@@ -29,7 +29,7 @@ from pebble import ProcessExpired, ProcessPool
 
 from stf_jax import flow as optical_flow
 from stf_jax import progress
-from stf_jax.video import Limits, VideoFault, VideoInfo, VideoReader
+from stf_jax.video import Limits, VideoFault, VideoInfo, VideoReader, picture_files
 
 # Raised when the meaning of the stored bytes changes, so that old caches are never mixed in.
 FORMAT = 1
@@ -255,6 +255,10 @@ def invalid_row(video_id: str, reason: str, size: int = 0, digest: str = "") -> 
 
 
 def _digest(path: Path) -> tuple[str, int]:
+    if path.is_dir():  # of pictures
+        parts = [_digest(picture) for picture in picture_files(path)]
+        together = "".join(digest for digest, _ in parts)
+        return hashlib.sha256(together.encode()).hexdigest(), sum(size for _, size in parts)
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return digest, os.fstat(file.fileno()).st_size

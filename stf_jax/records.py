@@ -19,8 +19,9 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from stf_jax import prepare, progress
-from stf_jax.datasets import VideoIndex, check_duplicates
+from stf_jax.index import VideoIndex, check_duplicates
 from stf_jax.prepare import ManifestRow, RecordSettings
+from stf_jax.video import picture_files
 
 # TensorFlow only reads files here; left alone it would take the whole memory of every GPU.
 tf.config.set_visible_devices([], "GPU")
@@ -133,6 +134,8 @@ def _key(index: VideoIndex, settings: RecordSettings) -> str:
 
 def _size(path: Path) -> int:
     try:
+        if path.is_dir():  # of pictures
+            return sum(picture.stat().st_size for picture in picture_files(path))
         return path.stat().st_size
     except OSError:
         return -1  # Preparation will say why it cannot be read.

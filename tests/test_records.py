@@ -8,8 +8,9 @@ import time
 import pytest
 import tensorflow as tf
 
+from configs import folder
 from stf_jax import prepare
-from stf_jax.datasets import ClipEntry, VideoIndex, folder
+from stf_jax.datasets import ClipEntry, VideoIndex, load_index
 from stf_jax.prepare import RecordSettings, encode_video
 from stf_jax.records import open_records, prepare_records
 
@@ -18,7 +19,9 @@ from stf_jax.records import open_records, prepare_records
 def index(tiny_videos, tmp_path) -> VideoIndex:
     """A copy of the tiny videos that a test may spoil."""
     shutil.copytree(tiny_videos, tmp_path / "videos")
-    return folder(tmp_path / "videos", group_regex=r"_(g\d)_", test_fraction=0.25, seed=0)
+    data = folder.get_config().data
+    data.update(root=str(tmp_path / "videos"), group_regex=r"_(g\d)_", validation_fraction=0.0)
+    return load_index(data)
 
 
 @pytest.fixture
@@ -71,7 +74,9 @@ def test_bad_files_are_rows_and_change_nothing_else(index, settings):
     entries = index.entries
     (index.root / "left" / "text ü.avi").write_text("not a video")
     (index.root / "left" / "empty.mp4").touch()
-    whole = folder(index.root, group_regex="", test_fraction=0.0, seed=0)
+    data = folder.get_config().data
+    data.root = str(index.root)
+    whole = load_index(data)
     records = prepare_records(whole, settings)
     assert records.rows["left/text ü.avi"].reason == "not a video: text"
     assert records.rows["left/empty.mp4"].reason == "empty file"

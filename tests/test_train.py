@@ -16,7 +16,7 @@ from stf_jax.inputs import Batch
 from stf_jax.parallel import place
 from stf_jax.pipeline import batches
 from stf_jax.records import prepare_records
-from stf_jax.run import Run, Settings, usable_entries
+from stf_jax.run import Run, Settings, stamp_of, usable_entries
 from stf_jax.train import (
     Interrupted,
     StageProgress,
@@ -135,7 +135,8 @@ def test_stages_hand_over_weights_and_nothing_else(parts):
     best = run.best("first")
     _, handed, _ = best.restore(settings.abstract_params(2))
     best.close()
-    state, memory = train._start(run, settings, "second", 2, run.last("second"))
+    stamp = stamp_of(index, settings)
+    state, memory = train._start(run, settings, "second", stamp, run.last("second"))
     assert _equal(state.params, handed)
     assert not _equal(state.params, settings.initial_params(settings.model(2)))
     assert memory == StageProgress() and int(state.step) == 0
