@@ -8,12 +8,10 @@ digit. --root, --list, --protocol, --split and --fold replace settings of the ru
 Videos that the run was trained on are refused, and so are other classes than the run's.
 """
 
-import dataclasses
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from absl import app, flags
 
@@ -44,57 +42,19 @@ def main(argv: Sequence[str]) -> None:
     unknown = set(_ALLOW.value) - {"classes", "split", "flow", "trained"}
     if unknown:
         raise app.UsageError(f"--allow: {', '.join(unknown)} is none of classes,split,flow,trained")
+    from stf_jax.evaluate import score_again, write_scores
+    from stf_jax.run import Run
+
+    changes = {key: flag.value for key, flag in _CHANGES.items() if flag.value is not None}
     try:
-        facts = _evaluate()
+        facts, scores = score_again(
+            Run(Path(_WORKDIR.value)), subset=_SUBSET.value, changes=changes, allow=_ALLOW.value
+        )
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")
-    print(json.dumps(facts, indent=2))
-
-
-def _evaluate() -> dict[str, Any]:
-    from stf_jax.datasets import load_index
-    from stf_jax.evaluate import score_run, write_scores
-    from stf_jax.records import prepare_records
-    from stf_jax.run import Run, TrainedOn, of_known_classes, scored_index, stamp_of
-
-    run = Run(Path(_WORKDIR.value))
-    settings = run.settings()
-    stored = run.read_json("data.json")["stamp"]
-    changes = {key: flag.value for key, flag in _CHANGES.items() if flag.value is not None}
-    index = load_index({**settings.config.data, **changes})
-    stamp = stamp_of(index, settings)
-    # Another folder may be the same videos in another place: then nothing has changed.
-    elsewhere = bool(changes) and stamp["split"] != stored["split"]
-    if elsewhere:
-        index = of_known_classes(index, stored["classes"], leave_out="classes" in _ALLOW.value)
-        stamp = {**stored, "flow": stamp["flow"]}
-    records = prepare_records(index, settings.records)
-    if not elsewhere:
-        index = scored_index(run, settings, index, records)
-    scored = index.subset(_SUBSET.value)
-    trained = TrainedOn.of(run)
-    known = trained.known(scored, index, records)
-    own = not elsewhere and _SUBSET.value != "train"
-    if known and not own and "trained" not in _ALLOW.value:
-        raise ValueError(
-            f"{run.workdir} was trained on {len(known)} of the {len(scored)} videos to score, such "
-            f"as {known[0].video_id}: their score would say nothing about new videos. Say "
-            "--allow=trained to have it all the same."
-        )
-    scores = score_run(
-        run, settings, index, records, _SUBSET.value, stamp=stamp, allow=_ALLOW.value
-    )
     if _SCORES.value:
-        write_scores(Path(_SCORES.value), scores, index.class_names)
-    overlap = index.overlap if own else trained.related(scored, index)
-    return {
-        "subset": _SUBSET.value,
-        "protocol": index.protocol,
-        "leaky": index.leaky if own else bool(known) or overlap != 0.0,
-        "overlap": overlap,
-        "seen": len(known) / max(1, len(scored)),
-        **dataclasses.asdict(scores.figures()),
-    }
+        write_scores(Path(_SCORES.value), scores, facts["class_names"])
+    print(json.dumps(facts, indent=2))
 
 
 if __name__ == "__main__":

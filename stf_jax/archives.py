@@ -314,7 +314,7 @@ def _download(source: Source, archive: Path, by_hand: str) -> None:
     part = archive.with_name(archive.name + ".part")
     have = part.stat().st_size if part.exists() else 0
     _check_room(source.name, archive.parent, source.bytes - have)
-    failure: Exception | None = None
+    failure = "the connection ended"
     with (
         progress.bar(
             total=source.bytes, initial=have, description=f"download {source.name}", unit="B"
@@ -329,16 +329,17 @@ def _download(source: Source, archive: Path, by_hand: str) -> None:
             try:
                 _receive(source, file, bar)
             except urllib.error.HTTPError as error:
-                failure = error
+                failure = str(error)
+                error.close()
                 if error.code < 500:
                     break
             except (OSError, http.client.HTTPException) as error:
-                failure = error
+                failure = str(error)
         received = file.tell()
     if received < source.bytes:
         raise OSError(
             f"{source.url}: got {received} of {source.bytes} bytes "
-            f"({failure or 'the connection ended'}). Is there internet? The same command goes on "
+            f"({failure}). Is there internet? The same command goes on "
             f"from there; or {by_hand}"
         )
     with open(part, "rb") as file:
