@@ -19,6 +19,8 @@ def get_config() -> ConfigDict:
     config.batch_size = 4
     config.checkpoint_every_steps = 40  # besides the end of every epoch
     config.allow_cpu = True  # small enough for any CPU
+    # 'classes', 'split', 'flow', with commas: weights that were trained with others are used.
+    config.allow_mismatch = ""
     # Devices share the clips of a batch; of these, so many also share the largest matrices.
     config.model_devices = 1
     config.pretrained = "none"  # VGG's weights do not fit one eighth of its width
@@ -26,9 +28,15 @@ def get_config() -> ConfigDict:
     config.data = {
         "name": "demo",
         "root": "data/demo",  # generated here
+        "archive": "",  # file that is unpacked into root once
+        "download": False,  # True: fetch it from where it is published
+        "list": "",  # for 'folder': CSV with path,label[,group][,subset]
+        "protocol": "official",  # see protocols.Protocol
         "split": 1,  # for 'ucf101'
+        "folds": 5,  # of 'group_kfold'
+        "fold": 1,  # to test on, of the protocols that have folds
         "group_regex": "",  # for 'folder'
-        "test_fraction": 0.25,  # for 'folder'
+        "test_fraction": 0.25,  # of the clips, in whole groups; for 'hold_out'
         "validation_fraction": 0.17,  # of the training groups, held out for the stop rule
         "seed": 0,  # of the hold-out
     }

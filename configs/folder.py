@@ -9,7 +9,10 @@ it with a regular expression, so that the test meets neither in training:
 
     --config.data.group_regex='^([^_]+)_'          ann, bob
 
-Without it the hold-out is by file, and the results say that it may flatter.
+Without it the hold-out is by file, and the results say that it may flatter. Or name the videos in
+a CSV list with the columns path (below data.root), label and, if wanted, group and subset:
+
+    --config.data.list=videos.csv                  with subsets: --config.data.protocol=official
 
 Presets: laptop (a 2-core CPU; see configs/ucf101.py). Cost and accuracy depend on the videos.
 """
@@ -24,6 +27,8 @@ def get_config(presets: str = "") -> ConfigDict:
     config.batch_size = 8  # clips per step (SPEC 8.6; the paper's is not stated)
     config.checkpoint_every_steps = 200  # besides the end of every epoch
     config.allow_cpu = False  # True: run on the CPU of a machine that has a GPU
+    # 'classes', 'split', 'flow', with commas: weights that were trained with others are used.
+    config.allow_mismatch = ""
     # Devices share the clips of a batch; of these, so many also share the largest matrices.
     config.model_devices = 1
     # Where the first stage starts: 'keras' (ImageNet, downloaded once), a .h5 file, or 'none'.
@@ -32,9 +37,15 @@ def get_config(presets: str = "") -> ConfigDict:
     config.data = {
         "name": "folder",
         "root": "data/videos",  # holds one folder per class
+        "archive": "",  # file that is unpacked into root once
+        "download": False,  # True: fetch it from where it is published
+        "list": "",  # for 'folder': CSV with path,label[,group][,subset]
+        "protocol": "hold_out",  # group_kfold, leave_one_group_out, official (of a list), ...
         "split": 1,  # for 'ucf101'
+        "folds": 5,  # of 'group_kfold'
+        "fold": 1,  # to test on, of the protocols that have folds
         "group_regex": "",  # names the source of a clip from its file name; '': unknown
-        "test_fraction": 0.25,  # of the clips, in whole groups
+        "test_fraction": 0.25,  # of the clips, in whole groups; for 'hold_out'
         "validation_fraction": 0.1,  # of the training groups, held out for the stop rule
         "seed": 0,  # of the hold-out
     }

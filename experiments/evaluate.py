@@ -1,11 +1,13 @@
-"""Scores the test videos of a finished run again.
+"""Scores videos with a finished run: its own again, or others.
 
     python experiments/evaluate.py --workdir=runs/demo [--subset=test] [--scores=scores.csv]
+    python experiments/evaluate.py --workdir=runs/ucf101 --root=/other/videos --protocol=official
 
-Prints the figures as JSON; they are those of the run's results.json, to the last digit.
+Prints the figures as JSON; without changes they are those of the run's results.json, to the last
+digit. --root, --list, --protocol, --split and --fold replace settings of the run's `data` part.
+Videos that the run was trained on are refused, and so are other classes than the run's.
 """
 
-import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -18,33 +20,40 @@ from stf_jax import host
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
 _SUBSET = flags.DEFINE_enum("subset", "test", ["train", "validation", "test"], "What to score.")
 _SCORES = flags.DEFINE_string("scores", None, "Where to write the per-video scores (CSV).")
+_ALLOW = flags.DEFINE_list(
+    "allow",
+    [],
+    "What may differ from the run's training: 'classes' (videos of classes that the run does not "
+    "know are left out), 'split', 'flow'; 'trained' scores videos that it was trained on.",
+)
+_CHANGES = {
+    "root": flags.DEFINE_string("root", None, "Other folder of videos."),
+    "list": flags.DEFINE_string("list", None, "Other CSV list of videos."),
+    "protocol": flags.DEFINE_string("protocol", None, "Other protocol."),
+    "split": flags.DEFINE_integer("split", None, "Other official split."),
+    "fold": flags.DEFINE_integer("fold", None, "Other fold."),
+}
 
 
 def main(argv: Sequence[str]) -> None:
     """Scores and prints."""
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}")
-    from stf_jax.datasets import load_index
-    from stf_jax.evaluate import score_run, write_scores
-    from stf_jax.records import prepare_records
+    unknown = set(_ALLOW.value) - {"classes", "split", "flow", "trained"}
+    if unknown:
+        raise app.UsageError(f"--allow: {', '.join(unknown)} is none of classes,split,flow,trained")
+    from stf_jax.evaluate import score_again, write_scores
     from stf_jax.run import Run
 
-    run = Run(Path(_WORKDIR.value))
+    changes = {key: flag.value for key, flag in _CHANGES.items() if flag.value is not None}
     try:
-        settings = run.settings()
-        index = load_index(settings.config.data)
-        records = prepare_records(index, settings.records)
-        scores = score_run(run, settings, index, records, _SUBSET.value)
+        facts, scores = score_again(
+            Run(Path(_WORKDIR.value)), subset=_SUBSET.value, changes=changes, allow=_ALLOW.value
+        )
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")
     if _SCORES.value:
-        write_scores(Path(_SCORES.value), scores, index.class_names)
-    facts = {
-        "subset": _SUBSET.value,
-        "protocol": index.protocol,
-        "leaky": index.leaky,
-        **dataclasses.asdict(scores.figures()),
-    }
+        write_scores(Path(_SCORES.value), scores, facts["class_names"])
     print(json.dumps(facts, indent=2))
 
 

@@ -28,6 +28,8 @@ def main(argv: Sequence[str]) -> None:
         predictor = Predictor.load(Path(_WORKDIR.value))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    if predictor.warning:
+        print(f"note: {predictor.warning}", file=sys.stderr)
     failed = False
     for name in argv[1:]:
         try:

@@ -43,6 +43,8 @@ def record(workdir: Path, name: str) -> Path:
         raise FileNotFoundError(f"{source} is missing: finish the run first")
     results = json.loads(source.read_text(encoding="utf-8"))
     kept = {key: results[key] for key in _KEYS}
+    if results["seen"] is not None:
+        kept["seen"] = results["seen"]
     # Where things lay on a machine is nobody else's business.
     kept["changes"] = {k: v for k, v in kept["changes"].items() if not k.endswith(".root")}
     kept["data"] = {key: results["data"][key] for key in ("name", "counts")}
@@ -74,7 +76,10 @@ def table(records: dict[str, dict[str, Any]], *, generated: bool) -> str:
         low, high = r["interval95"]
         e = r["environment"]
         minutes = sum(r["seconds"].values()) / 60
-        leak = "**leaky**: " if r["leaky"] else ""
+        leak = ""
+        if r["leaky"]:
+            share = "unknown" if r["overlap"] is None else f"{r['overlap']:.1%}"
+            leak = f"**leaky** (source shared with training: {share}): "
         lines.append(
             f"| [{name}](experiments/results/{name}.json) `{r['config_file']}` "
             f"| **{r['top1']:.1%}** ({low:.1%} to {high:.1%}; chance {r['chance']:.1%}) "

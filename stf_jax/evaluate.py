@@ -4,8 +4,9 @@ import csv
 import dataclasses
 import functools
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +16,24 @@ from jaxtyping import Array, Float
 
 from stf_jax import prepare, progress
 from stf_jax.checkpoint import Params
-from stf_jax.datasets import ClipEntry, VideoIndex
+from stf_jax.datasets import load_index
+from stf_jax.index import ClipEntry, VideoIndex
 from stf_jax.inputs import Batch, InputSettings, flow_to_pixels, network_input
 from stf_jax.metrics import Figures, summarise
 from stf_jax.model import Network, fold_pyramid
 from stf_jax.parallel import COMPILER_OPTIONS, divide, place
 from stf_jax.pipeline import batches, steps_per_epoch
-from stf_jax.records import Records
-from stf_jax.run import Run, Settings, usable_entries
+from stf_jax.records import Records, prepare_records
+from stf_jax.run import (
+    Run,
+    Settings,
+    TrainedOn,
+    best_params,
+    of_known_classes,
+    scored_index,
+    stamp_of,
+    usable_entries,
+)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "inputs"), compiler_options=COMPILER_OPTIONS)
@@ -113,17 +124,91 @@ def evaluate_subset(
         stream = progress.bar(stream, total=steps, description=f"score {subset}", unit="batch")
     model, params = fold_pyramid(settings.model(len(index.class_names)), params)
     params = place(params, settings.mesh)
-    return evaluate(model, params, settings.inputs, stream, entries, settings.mesh)
+    # An iterator: whoever looks into a bar to see what it holds takes its first batch away.
+    return evaluate(model, params, settings.inputs, iter(stream), entries, settings.mesh)
 
 
 def score_run(
-    run: Run, settings: Settings, index: VideoIndex, records: Records, subset: str = "test"
+    run: Run,
+    settings: Settings,
+    index: VideoIndex,
+    records: Records,
+    subset: str = "test",
+    *,
+    stamp: Mapping[str, Any],
+    allow: Collection[str],
 ) -> Scores:
-    """Scores a subset with the best weights of a run's last stage."""
-    checkpoints = run.best(settings.evaluated_stage)
-    _, params, _ = checkpoints.restore(settings.abstract_params(len(index.class_names)))
-    checkpoints.close()
+    """Scores a subset with the best weights of a run's last stage.
+
+    Args:
+      run: the run.
+      settings: its settings.
+      index: the videos.
+      records: their stored frames and flow.
+      subset: of the index.
+      stamp: what the weights must have been trained with (`run.stamp_of`).
+      allow: in what they may differ from it.
+
+    Raises:
+      ValueError: they were trained with another split, other classes or other flow.
+    """
+    params = best_params(run, settings, settings.evaluated_stage, stamp, allow)
     return evaluate_subset(settings, params, index, records, subset, show_progress=True)
+
+
+def score_again(
+    run: Run, *, subset: str, changes: Mapping[str, Any], allow: Collection[str]
+) -> tuple[dict[str, Any], Scores]:
+    """Scores videos with a finished run: its own again, or others.
+
+    Args:
+      run: the run.
+      subset: what to score.
+      changes: settings of its `data` part that are to be others.
+      allow: 'classes' leaves videos of classes out that the run does not know, 'trained' scores
+        videos that it was trained on, 'split' and 'flow' use weights that were trained with others.
+
+    Returns:
+      The figures with what must be known about them, and the scores.
+
+    Raises:
+      FileNotFoundError: the run is not finished, or the videos are not there.
+      ValueError: the run was trained on some of the videos, or for something else.
+    """
+    settings = run.settings()
+    stored = run.read_json("data.json")["stamp"]
+    index = load_index({**settings.config.data, **changes})
+    stamp = stamp_of(index, settings)
+    # Another folder may be the same videos in another place: then nothing has changed.
+    elsewhere = bool(changes) and stamp["split"] != stored["split"]
+    if elsewhere:
+        index = of_known_classes(index, stored["classes"], leave_out="classes" in allow)
+        stamp = {**stored, "flow": stamp["flow"]}
+    records = prepare_records(index, settings.records)
+    if not elsewhere:
+        index = scored_index(run, settings, index, records)
+    entries = usable_entries(index, records, subset)
+    trained = TrainedOn.of(run)
+    known = trained.known(entries, index, records)
+    own = not elsewhere and subset != "train"
+    if known and not own and "trained" not in allow:
+        raise ValueError(
+            f"{run.workdir} was trained on {len(known)} of the {len(entries)} videos to score, "
+            f"such as {known[0].video_id}: their score would say nothing about new videos. Say "
+            "--allow=trained to have it all the same."
+        )
+    scores = score_run(run, settings, index, records, subset, stamp=stamp, allow=allow)
+    overlap = index.overlap if own else trained.related(entries, index)
+    facts = {
+        "subset": subset,
+        "protocol": index.protocol,
+        "leaky": index.leaky if own else bool(known) or overlap != 0.0,
+        "overlap": overlap,
+        "seen": index.seen if own else len(known) / max(1, len(entries)),
+        "class_names": list(index.class_names),
+        **dataclasses.asdict(scores.figures()),
+    }
+    return facts, scores
 
 
 def write_scores(path: Path, scores: Scores, class_names: Sequence[str]) -> None:

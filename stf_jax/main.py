@@ -26,7 +26,7 @@ from ml_collections import ConfigDict, config_flags
 from stf_jax import host
 
 if TYPE_CHECKING:
-    from stf_jax.datasets import VideoIndex
+    from stf_jax.index import VideoIndex
     from stf_jax.records import Records
     from stf_jax.run import Run, Settings
 
@@ -87,6 +87,7 @@ def _work(run: "Run", settings: "Settings", origin: dict[str, Any]) -> dict[str,
     from stf_jax.progress import peak_memory_mb
     from stf_jax.records import prepare_records
     from stf_jax.report import write_report
+    from stf_jax.run import allowed_mismatches, scored_index, stamp_of, write_videos
     from stf_jax.train import train_stage
 
     # A network that does not fit its clips fails here, not after hours of preparation.
@@ -96,12 +97,18 @@ def _work(run: "Run", settings: "Settings", origin: dict[str, Any]) -> dict[str,
     began = time.monotonic()
     records = prepare_records(index, settings.records)
     data = _data_facts(run, index, records, round(time.monotonic() - began, 1))
+    data["stamp"] = stamp_of(index, settings)
     run.write_json("data.json", data)
+    write_videos(run, index, records)
     stages = [
         train_stage(run, settings, name, index, records) for name in settings.config.stage_order
     ]
     began = time.monotonic()
-    scores = score_run(run, settings, index, records)
+    index = scored_index(run, settings, index, records)
+    if index.seen is not None:
+        progress.say(index.leak())
+    allow = allowed_mismatches(settings.config.allow_mismatch)
+    scores = score_run(run, settings, index, records, stamp=data["stamp"], allow=allow)
     write_scores(run.workdir / "scores.csv", scores, index.class_names)
     write_samples(run.workdir / "samples", settings, records, scores)
     seconds = {"prepare": data["prepare_seconds"]}
@@ -109,7 +116,9 @@ def _work(run: "Run", settings: "Settings", origin: dict[str, Any]) -> dict[str,
     seconds["evaluate"] = round(time.monotonic() - began, 1)
     results = {
         **dataclasses.asdict(scores.figures()),
-        **{key: data[key] for key in ("protocol", "leaky", "overlap", "excluded", "faults")},
+        **{key: data[key] for key in ("protocol", "leaky", "excluded", "faults")},
+        "overlap": index.overlap,
+        "seen": index.seen,
         "notes": data["notes"],
         "class_names": list(index.class_names),
         "chance": 1 / len(index.class_names),
@@ -208,13 +217,22 @@ def _check_devices(allow_cpu: bool) -> None:
 
 def _headline(results: dict[str, Any]) -> str:
     low, high = results["interval95"]
-    leak = " LEAKY PROTOCOL:" if results["leaky"] else ""
+    leak = f" LEAKY PROTOCOL ({_leak(results)}):" if results["leaky"] else ""
     return (
         f"test:{leak} top-1 {results['top1']:.2%} (95 % interval {low:.1%} to {high:.1%}), "
         f"top-5 {results['top5']:.2%}, mean class accuracy {results['mean_class_accuracy']:.2%}, "
         f"{results['num_videos']} videos ({len(results['excluded'])} excluded), "
         f"{results['protocol']}"
     )
+
+
+def _leak(results: dict[str, Any]) -> str:
+    told = "sources unknown"
+    if results["overlap"] is not None:
+        told = f"{results['overlap']:.1%} share a source with training"
+    if results["seen"] is not None:
+        told += f", {results['seen']:.1%} trained on before"
+    return told
 
 
 def default_workdir(config_file: str) -> Path:

@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from stf_jax import flow as optical_flow
-from stf_jax.datasets import ClipEntry
+from stf_jax.index import ClipEntry
 from stf_jax.inputs import Batch
 from stf_jax.prepare import RecordSettings
 from stf_jax.records import Records

@@ -1,6 +1,7 @@
 """A trained run on any video file."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from stf_jax.inputs import Batch
 from stf_jax.model import Network, fold_pyramid
 from stf_jax.pipeline import SamplingSettings, clip_indices, decode_clip
 from stf_jax.prepare import EncodedVideo, RecordSettings, encode_video
-from stf_jax.run import Run, Settings
+from stf_jax.run import Run, Settings, allowed_mismatches, best_params
 
 
 def clip_of(
@@ -46,12 +47,14 @@ class Predictor:
       class_names: its classes.
       model: its network.
       params: its weights.
+      warning: what to know about its figures; '' if nothing.
     """
 
     settings: Settings
     class_names: tuple[str, ...]
     model: Network
     params: Params
+    warning: str = ""
 
     @classmethod
     def load(cls, workdir: Path) -> "Predictor":
@@ -59,15 +62,25 @@ class Predictor:
 
         Raises:
           FileNotFoundError: it is not the folder of a trained run.
+          ValueError: its weights were trained for other classes, another split or other flow.
         """
         run = Run(workdir)
         settings = run.settings()
-        class_names = tuple(run.read_json("data.json")["class_names"])
+        data = run.read_json("data.json")
+        class_names = tuple(data["class_names"])
         model = settings.model(len(class_names))
-        checkpoints = run.best(settings.evaluated_stage)
-        _, params, _ = checkpoints.restore(settings.abstract_params(len(class_names)))
-        checkpoints.close()
-        return cls(settings, class_names, *fold_pyramid(model, params))
+        # The flow that files will get is that of the configuration beside the weights.
+        stamp = {**data["stamp"], "classes": list(class_names)}
+        stamp["flow"] = json.loads(json.dumps(settings.records.stamp()))
+        allow = allowed_mismatches(settings.config.allow_mismatch)
+        params = best_params(run, settings, settings.evaluated_stage, stamp, allow)
+        warning = ""
+        if data["leaky"]:
+            warning = (
+                f"trained under a leaky protocol ({data['protocol']}): its accuracy on new videos "
+                "was not measured"
+            )
+        return cls(settings, class_names, *fold_pyramid(model, params), warning)
 
     def predict(self, path: Path) -> np.ndarray:
         """Class probabilities of a video file, float32 `k`.

@@ -33,7 +33,7 @@ from pebble import ProcessExpired, ProcessPool
 
 from stf_jax import flow as optical_flow
 from stf_jax import progress
-from stf_jax.video import Limits, VideoFault, VideoInfo, VideoReader
+from stf_jax.video import Limits, VideoFault, VideoInfo, VideoReader, picture_files
 
 # Raised when the meaning of the stored bytes changes, so that old caches are never mixed in.
 FORMAT = 2
@@ -290,6 +290,10 @@ def invalid_row(video_id: str, reason: str, size: int = 0, digest: str = "") -> 
 
 def file_digest(path: Path) -> tuple[str, int]:
     """The sha256 of a file, hexadecimal, and its size in bytes."""
+    if path.is_dir():  # of pictures
+        parts = [file_digest(picture) for picture in picture_files(path)]
+        together = "".join(digest for digest, _ in parts)
+        return hashlib.sha256(together.encode()).hexdigest(), sum(size for _, size in parts)
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return digest, os.fstat(file.fileno()).st_size
@@ -298,6 +302,8 @@ def file_digest(path: Path) -> tuple[str, int]:
 def source_size(path: Path) -> int:
     """The size of a video file in bytes, without reading it; -1 if it is not there."""
     try:
+        if path.is_dir():  # of pictures
+            return sum(picture.stat().st_size for picture in picture_files(path))
         return path.stat().st_size
     except OSError:
         return -1  # Preparation will say why it cannot be read.

@@ -30,7 +30,7 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 
 from stf_jax import prepare, progress
-from stf_jax.datasets import VideoIndex, check_duplicates
+from stf_jax.index import VideoIndex, check_duplicates
 from stf_jax.prepare import ManifestRow, RecordSettings, StagedVideo
 
 # TensorFlow only reads files here; left alone it would take the whole memory of every GPU.

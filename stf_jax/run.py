@@ -1,9 +1,11 @@
 """A run on disk: its folder, its configuration, its data and its trained network."""
 
+import csv
 import dataclasses
 import functools
+import io
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,9 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
-from stf_jax import prepare
+from stf_jax import prepare, protocols
 from stf_jax.checkpoint import Checkpoints, Params
-from stf_jax.datasets import ClipEntry, VideoIndex
+from stf_jax.index import ClipEntry, VideoIndex, some
 from stf_jax.inputs import InputSettings
 from stf_jax.model import Network, build_model
 from stf_jax.optim import OptimizerSettings, StageSettings
@@ -27,10 +29,13 @@ from stf_jax.records import Records
 # continued with others.
 _FREE = (
     "data.root",
+    "data.archive",
+    "data.download",
     "records.root",
     "records.workers",
     "records.timeout",
     "allow_cpu",
+    "allow_mismatch",
     "model_devices",
 )
 
@@ -60,6 +65,7 @@ class Settings:
                 f"stage_order {tuple(config.stage_order)} must name each of stages "
                 f"{tuple(config.stages)} once; they differ in {sorted(unknown)}"
             )
+        allowed_mismatches(config.allow_mismatch)
         build_model(config.model, num_classes=2)
         if config.inputs.crop_size > config.records.size:
             raise ValueError(
@@ -201,3 +207,202 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def usable_entries(index: VideoIndex, records: Records, subset: str) -> list[ClipEntry]:
     """The clips of a subset that can be read; the others are listed in the manifest."""
     return [entry for entry in index.subset(subset) if records.rows[entry.video_id].usable]
+
+
+# --- what a checkpoint is for ----------------------------------------------------------------
+
+_MISMATCHES = {
+    "classes": "other classes, or in another order",
+    "split": "another split or protocol, or other videos",
+    "flow": "other stored frames or optical flow",
+}
+
+
+def allowed_mismatches(told: str) -> tuple[str, ...]:
+    """Reads `allow_mismatch`: names of what may differ, separated by commas.
+
+    Raises:
+      ValueError: an unknown name.
+    """
+    names = tuple(filter(None, told.split(",")))
+    for name in names:
+        if name not in _MISMATCHES:
+            raise ValueError(f"allow_mismatch: got {name!r}, of {', '.join(_MISMATCHES)}")
+    return names
+
+
+def stamp_of(index: VideoIndex, settings: Settings) -> dict[str, Any]:
+    """What every checkpoint of a run carries: classes, split and how frames and flow are made."""
+    stamp = {
+        "classes": list(index.class_names),
+        "split": index.stamp(),
+        "flow": settings.records.stamp(),
+    }
+    return json.loads(json.dumps(stamp))
+
+
+def check_stamp(
+    stored: Mapping[str, Any], now: Mapping[str, Any], where: Path, allow: Collection[str]
+) -> None:
+    """Refuses a checkpoint that was trained for something else.
+
+    Raises:
+      ValueError: it was (says in what, and how to use it all the same).
+    """
+    differ = [name for name in _MISMATCHES if stored.get(name) != now[name] and name not in allow]
+    if not differ:
+        return
+    lines = [f"{name} ({_MISMATCHES[name]}): {_change(stored, now, name)}" for name in differ]
+    raise ValueError(
+        f"{where} was trained with something else than is here now:\n  "
+        + "\n  ".join(lines)
+        + "\nBring back what it was trained with, or use it all the same with "
+        f"--config.allow_mismatch={','.join(differ)} (training) or --allow={','.join(differ)} "
+        "(experiments/evaluate.py)."
+    )
+
+
+def _change(stored: Mapping[str, Any], now: Mapping[str, Any], name: str) -> str:
+    if name not in stored:
+        return "the checkpoint does not say"
+    if name == "classes":
+        return f"{stored[name]} there, {now[name]} now"
+    a, b = _flat(stored[name]), _flat(now[name])
+    changed = [k for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
+    return ", ".join(f"{k} {a.get(k)!r} there, {b.get(k)!r} now" for k in changed)
+
+
+def best_params(
+    run: Run, settings: Settings, stage: str, stamp: Mapping[str, Any], allow: Collection[str]
+) -> Params:
+    """The best weights of a stage, if they were trained for what the stamp says.
+
+    Raises:
+      FileNotFoundError: there are none.
+      ValueError: they were trained for something else.
+    """
+    checkpoints = run.best(stage)
+    try:
+        like = settings.abstract_params(len(stamp["classes"]))
+        _, params, record = checkpoints.restore(like)
+    finally:
+        checkpoints.close()
+    where = run.workdir / "stages" / stage / "best"
+    check_stamp(record["stamp"] if "stamp" in record else {}, stamp, where, allow)
+    return params
+
+
+def of_known_classes(index: VideoIndex, classes: Sequence[str], *, leave_out: bool) -> VideoIndex:
+    """Gives other videos the labels of a run's classes.
+
+    Args:
+      index: the videos.
+      classes: of the run.
+      leave_out: drop the videos of other classes.
+
+    Raises:
+      ValueError: there are other classes (names them).
+    """
+    unknown = sorted(set(index.class_names) - set(classes))
+    if unknown and not leave_out:
+        raise ValueError(
+            f"{index.root} has {len(unknown)} classes that the run does not know: {some(unknown)}; "
+            f"it knows {some(list(classes))}. Say --allow=classes to score the others."
+        )
+    entries = [
+        dataclasses.replace(entry, label=classes.index(index.class_names[entry.label]))
+        for entry in index.entries
+        if index.class_names[entry.label] in classes
+    ]
+    return dataclasses.replace(index, entries=tuple(entries), class_names=tuple(classes))
+
+
+# --- which videos a number is about ----------------------------------------------------------
+
+
+def epoch_index(index: VideoIndex, records: Records, stage: int, epoch: int) -> VideoIndex:
+    """The index as one epoch of a stage sees it, both from 0: another one in 'paper_resplit'."""
+    if index.resplit_seed is None:
+        return index
+    return protocols.resplit(_usable(index, records), stage, epoch)
+
+
+def scored_index(run: Run, settings: Settings, index: VideoIndex, records: Records) -> VideoIndex:
+    """The index whose test videos give a finished run's result."""
+    if index.resplit_seed is None:
+        return index
+    done = [run.read_json(f"stages/{name}/done.json") for name in settings.config.stage_order]
+    return protocols.after_epochs(_usable(index, records), [stage["epochs"] for stage in done])
+
+
+def _usable(index: VideoIndex, records: Records) -> VideoIndex:
+    usable = tuple(entry for entry in index.entries if records.rows[entry.video_id].usable)
+    return dataclasses.replace(index, entries=usable)
+
+
+_VIDEO_COLUMNS = ("video_id", "class", "group", "subset", "sha256")
+
+
+def write_videos(run: Run, index: VideoIndex, records: Records) -> None:
+    """Writes which videos the run uses for what, unusable ones left out: `videos.csv`."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(_VIDEO_COLUMNS)
+    for e in _usable(index, records).entries:
+        digest = records.rows[e.video_id].sha256
+        writer.writerow([e.video_id, index.class_names[e.label], e.group, e.subset, digest])
+    prepare.write_aside(run.workdir / "videos.csv", text.getvalue().encode())
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedOn:
+    """What a run has learnt from, the videos that its stop rule watched included.
+
+    Args:
+      name: of its data set.
+      video_ids: of the videos.
+      digests: of their bytes.
+      groups: their sources.
+    """
+
+    name: str
+    video_ids: frozenset[str]
+    digests: frozenset[str]
+    groups: frozenset[str]
+
+    @classmethod
+    def of(cls, run: Run) -> "TrainedOn":
+        """Reads a run's folder."""
+        data = run.read_json("data.json")
+        path = run.workdir / "videos.csv"
+        if not path.exists():
+            raise FileNotFoundError(f"{path} is missing: what the run was trained on is unknown")
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        if data["stamp"]["split"]["protocol"] != "paper_resplit":  # that one takes turns with all
+            rows = [row for row in rows if row["subset"] != "test"]
+        return cls(
+            data["name"],
+            *(frozenset(row[key] for row in rows) for key in ("video_id", "sha256", "group")),
+        )
+
+    def known(
+        self, entries: Iterable[ClipEntry], index: VideoIndex, records: Records
+    ) -> list[ClipEntry]:
+        """Those of some videos that the run has learnt from, by their bytes or by their ids."""
+        same_set = index.name == self.name
+        return [
+            entry
+            for entry in entries
+            if records.rows[entry.video_id].sha256 in self.digests
+            or (same_set and entry.video_id in self.video_ids)
+        ]
+
+    def related(self, entries: Iterable[ClipEntry], index: VideoIndex) -> float | None:
+        """Share of some videos whose source it has learnt from; None if sources are not known."""
+        entries = list(entries)
+        if index.overlap is None:
+            return None
+        if index.name != self.name:
+            return 0.0
+        return sum(entry.group in self.groups for entry in entries) / max(1, len(entries))

@@ -22,8 +22,8 @@ from jaxtyping import Array
 
 from stf_jax import progress
 from stf_jax.checkpoint import Checkpoints, Params, starting_params, write_fates
-from stf_jax.datasets import VideoIndex
 from stf_jax.evaluate import evaluate_subset
+from stf_jax.index import ClipEntry, VideoIndex
 from stf_jax.inputs import Batch, InputSettings, network_input
 from stf_jax.metrics import Sums, cross_entropy
 from stf_jax.model import Network
@@ -31,7 +31,16 @@ from stf_jax.optim import OptimizerSettings, learning_rate_fn, make_optimizer
 from stf_jax.parallel import COMPILER_OPTIONS, divide, keep_placed, place
 from stf_jax.pipeline import batches, steps_per_epoch
 from stf_jax.records import Records
-from stf_jax.run import Run, Settings, usable_entries
+from stf_jax.run import (
+    Run,
+    Settings,
+    allowed_mismatches,
+    best_params,
+    check_stamp,
+    epoch_index,
+    stamp_of,
+    usable_entries,
+)
 
 
 class Interrupted(InterruptedError):
@@ -182,11 +191,12 @@ def train_stage(
     if done.exists():
         return json.loads(done.read_text())
     stage = settings.stages[name]
-    entries = usable_entries(index, records, "train")
+    number = settings.config.stage_order.index(name)
+    entries = usable_entries(epoch_index(index, records, number, 0), records, "train")
     per_epoch = steps_per_epoch(len(entries), settings.config.batch_size)
     best, last = run.best(name), run.last(name)
     try:
-        state, memory = _start(run, settings, name, len(index.class_names), last)
+        state, memory = _start(run, settings, name, stamp_of(index, settings), last)
         with stop_requests() as stop:
             loop = _Loop(run, settings, name, index, records, best, last, stop, int(state.step))
             stopped = loop.finished(memory)
@@ -212,12 +222,16 @@ def train_stage(
 
 
 def _start(
-    run: Run, settings: Settings, name: str, num_classes: int, last: Checkpoints
+    run: Run, settings: Settings, name: str, stamp: dict[str, Any], last: Checkpoints
 ) -> tuple[TrainState, StageProgress]:
     """Where a stage goes on: its own last checkpoint, else the hand-off, else VGG, else scratch."""
+    num_classes = len(stamp["classes"])
     if last.latest_step() is not None:
         like = abstract_state(settings, num_classes)
         step, state, record = last.restore(like)
+        where = run.workdir / "stages" / name / "last" / str(step)
+        allow = allowed_mismatches(settings.config.allow_mismatch)
+        check_stamp(record.pop("stamp", {}), stamp, where, allow)
         state, memory = place(state, settings.mesh), StageProgress(**record)
         progress.say(f"stage '{name}': continuing after step {step} (epoch {memory.epoch + 1})")
         return state, memory
@@ -225,7 +239,7 @@ def _start(
     params, fates = starting_params(
         lambda: settings.initial_params(settings.model(num_classes)),
         expected=settings.abstract_params(num_classes),
-        previous=_previous_stage(run, settings, name, num_classes),
+        previous=_previous_stage(run, settings, name, stamp),
         vgg=config.pretrained,
         temporal_init=config.model.temporal.init,
         conv1_init=config.model.temporal.conv1_init,
@@ -240,17 +254,15 @@ def _start(
 
 
 def _previous_stage(
-    run: Run, settings: Settings, name: str, num_classes: int
+    run: Run, settings: Settings, name: str, stamp: dict[str, Any]
 ) -> tuple[str, Params] | None:
     order = settings.config.stage_order
     position = order.index(name)
     if not position:
         return None
-    source = run.best(order[position - 1])
-    try:
-        return order[position - 1], source.restore(settings.abstract_params(num_classes))[1]
-    finally:
-        source.close()
+    allow = allowed_mismatches(settings.config.allow_mismatch)
+    previous = order[position - 1]
+    return previous, best_params(run, settings, previous, stamp, allow)
 
 
 class _Loop:
@@ -273,26 +285,47 @@ class _Loop:
         self._best, self._last, self._stop = best, last, stop
         self._stage = settings.stages[name]
         self._model = settings.model(len(index.class_names))
-        self._entries = usable_entries(index, records, "train")
-        self._per_epoch = steps_per_epoch(len(self._entries), settings.config.batch_size)
-        self._rate = learning_rate_fn(self._stage, self._per_epoch)
         # A stage's randomness differs from the other stages' but not between restarts.
-        number = settings.config.stage_order.index(name)
-        self._key = jax.random.fold_in(jax.random.key(settings.config.seed), number + 1)
-        self._validates = bool(usable_entries(index, records, "validation"))
-        # One stream for all epochs: the next epoch's clips are read while this one is validated.
-        self._stream = batches(
-            records,
-            self._entries,
-            settings.sampling,
-            batch_size=settings.config.batch_size,
-            train=True,
-            seed=settings.config.seed * 1000 + number,
-            random_crop=settings.inputs.random_crop,
-            start_step=start_step,
-            stop_step=self._stage.max_epochs * self._per_epoch,
-        )
+        self._number = settings.config.stage_order.index(name)
+        self._entries = self._trained_on(0)
+        self._per_epoch = steps_per_epoch(len(self._entries), settings.config.batch_size)
+        self._stamp = stamp_of(index, settings)
+        self._rate = learning_rate_fn(self._stage, self._per_epoch)
+        self._key = jax.random.fold_in(jax.random.key(settings.config.seed), self._number + 1)
+        self._resplits = index.resplit_seed is not None
+        self._validates = self._resplits or bool(usable_entries(index, records, "validation"))
+        self._stream = self._clips(start_step)
         self._clock = time.monotonic()
+
+    def _trained_on(self, epoch: int) -> list[ClipEntry]:
+        view = epoch_index(self._index, self._records, self._number, epoch)
+        return usable_entries(view, self._records, "train")
+
+    def _clips(self, start: int) -> Iterator[Batch]:
+        """The batches of all epochs, from a step on."""
+        end = self._stage.max_epochs * self._per_epoch
+        if not self._resplits:
+            # One stream for all epochs: the next one's clips are read while one is validated.
+            yield from self._batches(self._entries, start, end)
+            return
+        while start < end:
+            epoch = start // self._per_epoch
+            stop = (epoch + 1) * self._per_epoch
+            yield from self._batches(self._trained_on(epoch), start, stop)
+            start = stop
+
+    def _batches(self, entries: Sequence[ClipEntry], start: int, stop: int) -> Iterator[Batch]:
+        return batches(
+            self._records,
+            entries,
+            self._settings.sampling,
+            batch_size=self._settings.config.batch_size,
+            train=True,
+            seed=self._settings.config.seed * 1000 + self._number,
+            random_crop=self._settings.inputs.random_crop,
+            start_step=start,
+            stop_step=stop,
+        )
 
     def finished(self, memory: StageProgress) -> str:
         """Why the stage is over, or ''."""
@@ -305,6 +338,7 @@ class _Loop:
     def epoch(self, state: TrainState, memory: StageProgress) -> TrainState:
         """Trains to the end of the current epoch, validates and saves."""
         first = int(state.step) - memory.epoch * self._per_epoch
+        self._entries = self._trained_on(memory.epoch)
         title = f"{self._name} epoch {memory.epoch + 1}/{self._stage.max_epochs}"
         with progress.bar(
             total=self._per_epoch, initial=first, description=title, unit="step"
@@ -343,22 +377,31 @@ class _Loop:
         )
 
     def _end_epoch(self, state: TrainState, memory: StageProgress) -> TrainState:
+        view = epoch_index(self._index, self._records, self._number, memory.epoch)
         memory.epoch += 1
         step = int(state.step)
         rows = [self._row("train", memory, step, state.sums.means(), int(state.sums.count))]
         improved = True
         if self._validates:
             figures = evaluate_subset(
-                self._settings, state.params, self._index, self._records, "validation"
+                self._settings,
+                state.params,
+                view,
+                self._records,
+                "test" if self._resplits else "validation",
             ).figures()
             improved = memory.update(figures.top1, figures.loss, self._stage.min_delta)
+            if self._resplits:
+                # Every epoch is tested on other videos: the paper's result is the last one's.
+                improved, memory.best_epoch = True, memory.epoch
+                memory.best_top1, memory.best_loss = figures.top1, figures.loss
             means = {"loss": figures.loss, "top1": figures.top1}
             rows.append(self._row("validation", memory, step, means, figures.num_videos))
         else:
             memory.best_epoch = memory.epoch
         state = dataclasses.replace(state, sums=place(Sums.zero(), self._settings.mesh))
         if improved:
-            self._best.save(step, state.params, {"epoch": memory.epoch})
+            self._best.save(step, state.params, {"epoch": memory.epoch, "stamp": self._stamp})
         self._tick(memory)
         seconds = {"seconds": round(memory.seconds, 1)}
         _append_lines(self._run.workdir / "metrics.jsonl", [json.dumps(r | seconds) for r in rows])
@@ -387,7 +430,8 @@ class _Loop:
 
     def _save(self, state: TrainState, memory: StageProgress) -> None:
         self._tick(memory)
-        self._last.save(int(state.step), state, dataclasses.asdict(memory))
+        record = {**dataclasses.asdict(memory), "stamp": self._stamp}
+        self._last.save(int(state.step), state, record)
 
     def _tick(self, memory: StageProgress) -> None:
         now = time.monotonic()

@@ -27,6 +27,8 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from jaxtyping import Float64, UInt8
 
+from stf_jax.index import PICTURES, natural
+
 # What libav has to say about damaged files is told by `VideoFault` and `VideoInfo.notes`.
 av.logging.set_level(None)
 
@@ -160,8 +162,11 @@ class VideoReader:
     format becomes 8-bit RGB. All frames have the size of the first. Every iteration decodes
     the file anew and forgets the one before: `info` and `timestamps` are known at its end.
 
+    A folder of pictures (JPEG, PNG) is a video too, in the natural order of their names; its frame
+    rate is not known, its time stamps are those of 25 frames per second.
+
     Args:
-      path: the file; any name, always taken as a path.
+      path: the file, or the folder of pictures; any name, always taken as a path.
       limits: what it may cost; None for the defaults.
       threads: decoder threads; 1 is best where files are decoded in parallel.
 
@@ -196,6 +201,9 @@ class VideoReader:
     def __iter__(self) -> Iterator[np.ndarray]:
         """Decodes; see the class."""
         self._info = self._timestamps = None
+        if self.path.is_dir():
+            yield from self._pictures()
+            return
         if not stat.S_ISREG(os.stat(self.path).st_mode):
             raise VideoFault(self.path, "not a regular file", "Expected a video file; remove it.")
         with open(self.path, "rb") as file, _open(file, self.path) as container:
@@ -220,6 +228,59 @@ class VideoReader:
                 )
             self._conclude(container, stream, progress, canvas)
 
+    def _pictures(self) -> Iterator[np.ndarray]:
+        """Decodes the pictures of a folder; one that cannot be is damage, as in a video."""
+        files = picture_files(self.path)
+        progress = _Progress()
+        canvas: _Canvas | None = None
+        for number, file in enumerate(files):
+            frame = self._picture(file, progress)
+            if frame is None:
+                continue
+            progress.pts.append(number)
+            if len(progress.pts) > self._limits.max_frames:
+                raise self._too_many_frames()
+            if number / _DEFAULT_RATE > self._limits.max_seconds:
+                raise self._too_long()
+            if canvas is None:
+                canvas = _Canvas.of(frame, None)
+            yield canvas.draw(frame)
+        if canvas is None:
+            raise VideoFault(
+                self.path,
+                "no decodable frame" if files else "no pictures",
+                f"Expected a folder with the frames of a video ({', '.join(sorted(PICTURES))}), "
+                f"got {len(files)} such files; replace or remove it.",
+            )
+        height, width = canvas.upright_size
+        self._timestamps = np.array(progress.pts, np.float64) / _DEFAULT_RATE
+        self._info = VideoInfo(
+            num_frames=progress.num_frames,
+            header_frames=len(files),
+            fps=None,
+            width=width,
+            height=height,
+            codec=files[0].suffix.lower().lstrip("."),
+            container="folder",
+            rotation=canvas.rotation,
+            truncated=bool(progress.damage),
+            notes=(*canvas.notes, *progress.damage_notes()),
+        )
+
+    def _picture(self, path: Path, progress: "_Progress") -> VideoFrame | None:
+        try:
+            with open(path, "rb") as file, av.open(_Nameless(file), "r") as container:
+                stream = container.streams.video[0]
+                self._check_pixels(stream.codec_context.width, stream.codec_context.height)
+                frame = next(container.decode(stream))
+        except (av.error.FFmpegError, IndexError, StopIteration):
+            progress.hurt(f"undecodable picture: {path.name}")
+            return None
+        self._check_pixels(frame.width, frame.height)
+        if frame.is_corrupt:
+            progress.hurt("damaged frame")
+        return frame
+
     def _check_pixels(self, width: int, height: int) -> None:
         if width * height > self._limits.max_pixels:
             raise VideoFault(
@@ -231,17 +292,23 @@ class VideoReader:
 
     def _check_length(self, progress: "_Progress", stream: VideoStream) -> None:
         if progress.num_frames > self._limits.max_frames:
-            raise VideoFault(
-                self.path,
-                f"too many frames: more than {self._limits.max_frames}",
-                "Cut the video into shorter ones or raise max_frames.",
-            )
+            raise self._too_many_frames()
         if progress.seconds(stream) > self._limits.max_seconds:
-            raise VideoFault(
-                self.path,
-                f"too long: more than {self._limits.max_seconds:g} s",
-                "Cut the video into shorter ones or raise max_seconds.",
-            )
+            raise self._too_long()
+
+    def _too_many_frames(self) -> VideoFault:
+        return VideoFault(
+            self.path,
+            f"too many frames: more than {self._limits.max_frames}",
+            "Cut the video into shorter ones or raise max_frames.",
+        )
+
+    def _too_long(self) -> VideoFault:
+        return VideoFault(
+            self.path,
+            f"too long: more than {self._limits.max_seconds:g} s",
+            "Cut the video into shorter ones or raise max_seconds.",
+        )
 
     def _conclude(
         self,
@@ -274,6 +341,16 @@ class VideoReader:
             truncated=bool(lacking or progress.damage),
             notes=tuple(notes + progress.damage_notes()),
         )
+
+
+def picture_files(folder: Path) -> list[Path]:
+    """The pictures of a folder in the order of their names, numbers by their value."""
+    names = [
+        entry.name
+        for entry in os.scandir(folder)
+        if Path(entry.name).suffix.lower() in PICTURES and not entry.name.startswith(".")
+    ]
+    return [folder / name for name in sorted(names, key=natural)]
 
 
 # --- what the file is ------------------------------------------------------------------------

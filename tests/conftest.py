@@ -171,14 +171,17 @@ def tiny_config(tiny_videos, tiny_model_config) -> ConfigDict:
 @pytest.fixture(scope="session")
 def tiny_records(tiny_videos):
     """The index and the prepared records of `tiny_videos`."""
-    from stf_jax.datasets import folder, hold_out_validation
+    from configs import folder
+    from stf_jax.datasets import load_index
     from stf_jax.prepare import RecordSettings
     from stf_jax.records import prepare_records
 
-    index = folder(tiny_videos, group_regex=r"_(g\d)_", test_fraction=0.25, seed=0)
+    data = folder.get_config().data
+    data.update(root=str(tiny_videos), group_regex=r"_(g\d)_", validation_fraction=0.3)
     settings = RecordSettings(
         root=str(tiny_videos.parent / "records"), size=36, resize="squash", flow_size=48,
         flow_algorithm="dis", flow_bound=4.0, jpeg_quality=95, min_truncated_frames=8,
         max_pixels=10**7, max_frames=10_000, max_seconds=600.0, timeout=60.0, workers=2,
     )  # fmt: skip
-    return hold_out_validation(index, fraction=0.3, seed=0), prepare_records(index, settings)
+    index = load_index(data)
+    return index, prepare_records(index, settings)

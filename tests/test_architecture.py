@@ -15,9 +15,9 @@ from stf_jax.run import Settings
 ROOT = Path(__file__).parent.parent
 # The walk: a module imports only modules that come before it.
 WALK = (
-    "host progress demo video flow datasets prepare records inputs pipeline convolution vgg "
-    "streams fusion recurrent model metrics optim parallel checkpoint run evaluate train cost "
-    "predict report main"
+    "host progress archives index protocols layouts demo video flow datasets prepare records "
+    "inputs pipeline convolution vgg streams fusion recurrent model metrics optim parallel "
+    "checkpoint run evaluate train cost predict report main"
 ).split()
 MODULES = {path.stem: path for path in (ROOT / "stf_jax").glob("*.py") if path.stem != "__init__"}
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -95,9 +95,19 @@ def test_presets_and_their_errors():
     assert literal.clip_shapes(1)[1][-1] == 4  # "equal to the number of stacked optical images"
     cell = literal.abstract_params(101)["recurrent"]["forward"]["cell"]
     assert {name for name in cell if name.startswith("ln_")} == {"ln_i", "ln_f", "ln_o"}
+    assert literal.config.data.protocol == "paper_resplit"
     assert (literal.config.batch_size, literal.optimizer.clip) == (1, 0.0)
-    with pytest.raises(ValueError, match="lapptop"):
-        _load(card, "lapptop")
+    ucf11, sports = ROOT / "configs" / "ucf11.py", ROOT / "configs" / "ucf_sports.py"
+    assert _load(ucf11, "fold=3").data.fold == 3
+    for path, preset, protocol in (
+        (ucf11, "laptop,logo=7", "leave_one_group_out"),
+        (sports, "laptop,loo=7", "leave_one_out"),
+    ):
+        config = _load(path, preset)
+        assert (config.data.protocol, config.data.fold, config.model.width) == (protocol, 7, 8)
+    for path in (card, ucf11, sports):
+        with pytest.raises(ValueError, match="lapptop"):
+            _load(path, "lapptop")
 
 
 def test_cards_share_their_keys():

@@ -54,7 +54,8 @@ def place(tmp_path_factory):
 def _command(place, workdir, *more):
     return [
         sys.executable, "-m", "stf_jax.main", "--config=configs/demo.py",
-        "--config.data.name=folder", r"--config.data.group_regex=_(g\d+)_",
+        "--config.data.name=folder", "--config.data.protocol=hold_out",
+        r"--config.data.group_regex=_(g\d+)_",
         f"--config.data.root={place}/videos", f"--config.records.root={place}/records",
         f"--workdir={place}/{workdir}", *SMALL, *more,
     ]  # fmt: skip

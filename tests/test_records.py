@@ -9,8 +9,9 @@ import time
 import pytest
 import tensorflow as tf
 
+from configs import folder
 from stf_jax import prepare, records
-from stf_jax.datasets import ClipEntry, VideoIndex, folder
+from stf_jax.datasets import ClipEntry, VideoIndex, load_index
 from stf_jax.prepare import RecordSettings, encode_video
 from stf_jax.records import open_records, prepare_records, verify_records
 
@@ -19,7 +20,9 @@ from stf_jax.records import open_records, prepare_records, verify_records
 def index(tiny_videos, tmp_path) -> VideoIndex:
     """A copy of the tiny videos that a test may spoil."""
     shutil.copytree(tiny_videos, tmp_path / "videos")
-    return folder(tmp_path / "videos", group_regex=r"_(g\d)_", test_fraction=0.25, seed=0)
+    data = folder.get_config().data
+    data.update(root=str(tmp_path / "videos"), group_regex=r"_(g\d)_", validation_fraction=0.0)
+    return load_index(data)
 
 
 @pytest.fixture
@@ -72,7 +75,9 @@ def test_bad_files_are_rows_and_change_nothing_else(index, settings):
     entries = index.entries
     (index.root / "left" / "text ü.avi").write_text("not a video")
     (index.root / "left" / "empty.mp4").touch()
-    whole = folder(index.root, group_regex="", test_fraction=0.0, seed=0)
+    data = folder.get_config().data
+    data.root = str(index.root)
+    whole = load_index(data)
     found = prepare_records(whole, settings)
     assert found.rows["left/text ü.avi"].reason == "not a video: text"
     assert found.rows["left/empty.mp4"].reason == "empty file"

@@ -16,7 +16,7 @@ from stf_jax.inputs import Batch
 from stf_jax.parallel import place
 from stf_jax.pipeline import batches
 from stf_jax.records import prepare_records
-from stf_jax.run import Run, Settings, usable_entries
+from stf_jax.run import Run, Settings, epoch_index, stamp_of, usable_entries
 from stf_jax.train import (
     Interrupted,
     StageProgress,
@@ -135,7 +135,8 @@ def test_stages_hand_over_weights_and_nothing_else(parts):
     best = run.best("first")
     _, handed, _ = best.restore(settings.abstract_params(2))
     best.close()
-    state, memory = train._start(run, settings, "second", 2, run.last("second"))
+    stamp = stamp_of(index, settings)
+    state, memory = train._start(run, settings, "second", stamp, run.last("second"))
     assert _equal(state.params, handed)
     assert not _equal(state.params, settings.initial_params(settings.model(2)))
     assert memory == StageProgress() and int(state.step) == 0
@@ -174,9 +175,51 @@ def test_the_stream_moves_the_square_if_crops_are_random(parts, monkeypatch, ask
         train_stage(run, settings, "first", index, records)
 
 
-def test_stopping_at_any_step_and_going_on_equals_never_stopping(parts, tmp_path, monkeypatch):
+@pytest.fixture
+def resplit(tiny_config, tmp_path):
+    """As `parts`, under the paper's protocol."""
+    tiny_config.data.protocol = "paper_resplit"
+    settings = Settings.of(tiny_config)
+    index = load_index(settings.config.data)
+    return Run(tmp_path / "run"), settings, index, prepare_records(index, settings.records)
+
+
+def test_every_epoch_of_the_papers_protocol_trains_and_tests_on_its_own_split(resplit, monkeypatch):
+    run, settings, index, records = resplit
+    trained, tested = [], []
+    real_batches, real_evaluate = train.batches, train.evaluate_subset
+
+    def stream(records, entries, *args, **kwargs):
+        trained.append({entry.video_id for entry in entries})
+        return real_batches(records, entries, *args, **kwargs)
+
+    def score(settings, params, index, records, subset):
+        scores = real_evaluate(settings, params, index, records, subset)
+        tested.append({entry.video_id for entry in scores.entries})
+        return scores
+
+    monkeypatch.setattr(train, "batches", stream)
+    monkeypatch.setattr(train, "evaluate_subset", score)
+    summary = train_stage(run, settings, "first", index, records)
+    everything = {entry.video_id for entry in index.entries}
+    assert len(trained) == len(tested) == summary["epochs"] == 2
+    for epoch in range(2):
+        view = epoch_index(index, records, 0, epoch)
+        assert trained[epoch] == {entry.video_id for entry in view.subset("train")}
+        assert tested[epoch] == everything - trained[epoch]
+    assert trained[0] != trained[1] and len(tested[0]) == round(0.3 * len(everything))
+    # The result is the last epoch's, whichever was best.
+    assert summary["best_epoch"] == 2
+    last = [row for row in _log(run) if row["kind"] == "validation"][-1]
+    assert summary["best_top1"] == last["top1"]
+
+
+@pytest.mark.parametrize("protocol", ["parts", "resplit"])
+def test_stopping_at_any_step_and_going_on_equals_never_stopping(
+    protocol, request, tmp_path, monkeypatch
+):
     """Bit for bit: weights, optimiser, sums and the figures of every epoch."""
-    whole, settings, index, records = parts
+    whole, settings, index, records = request.getfixturevalue(protocol)
     train_stage(whole, settings, "first", index, records)
     broken = Run(tmp_path / "broken")
     real = train.train_step

@@ -450,9 +450,49 @@ def test_a_cover_picture_is_no_video(tmp_path):
 
 def test_a_directory_or_a_pipe_is_a_fault(tmp_path):
     (tmp_path / "v.avi").mkdir()
-    assert _fault(tmp_path / "v.avi") == "not a regular file"
+    assert _fault(tmp_path / "v.avi") == "no pictures"
     os.mkfifo(tmp_path / "pipe.avi")  # must not wait for a writer
     assert _fault(tmp_path / "pipe.avi") == "not a regular file"
+
+
+def test_a_folder_of_pictures_is_a_video(tmp_path):
+    pictures = _pictures(12)
+    for number, picture in enumerate(pictures):
+        # Numbers without leading zeros: by letters, 10 would come before 2.
+        suffix = (".png", ".JPG")[number == 3]
+        cv2.imwrite(str(tmp_path / f"frame {number}{suffix}"), picture[..., ::-1])
+    (tmp_path / "Thumbs.db").write_bytes(b"x")
+    (tmp_path / ".hidden.png").write_bytes(b"x")
+    video = read_video(tmp_path)
+    assert video.frames.shape == (12, 48, 64, 3)
+    for number, (got, want) in enumerate(zip(video.frames, pictures, strict=True)):
+        assert np.abs(got.astype(int) - want).mean() <= (6 if number == 3 else 1), number
+    np.testing.assert_allclose(video.timestamps, np.arange(12) / 25)
+    info = video.info
+    assert (info.num_frames, info.header_frames, info.fps) == (12, 12, None)
+    assert (info.container, info.codec, info.truncated) == ("folder", "png", False)
+
+
+def test_a_damaged_picture_of_a_folder_is_damage(tmp_path):
+    for number, picture in enumerate(_pictures(5)):
+        cv2.imwrite(str(tmp_path / f"{number}.png"), picture)
+    (tmp_path / "2.png").write_bytes(b"")
+    (tmp_path / "3.png").write_text("<html>")
+    info = read_video(tmp_path).info
+    assert info.num_frames == 3 and info.truncated
+    assert "undecodable picture: 2.png (1x)" in info.notes
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"")
+    assert _fault(tmp_path) == "no decodable frame"
+
+
+def test_limits_hold_for_a_folder_of_pictures(tmp_path):
+    for number, picture in enumerate(_pictures(5)):
+        cv2.imwrite(str(tmp_path / f"{number}.png"), picture)
+    assert read_video(tmp_path, Limits(48 * 64, 5, 4 / 25)).info.num_frames == 5
+    assert _fault(tmp_path, limits=Limits(max_pixels=48 * 64 - 1)) == "too many pixels: 64x48"
+    assert _fault(tmp_path, limits=Limits(max_frames=4)) == "too many frames: more than 4"
+    assert _fault(tmp_path, limits=Limits(max_seconds=0.1)) == "too long: more than 0.1 s"
 
 
 def test_a_missing_file_is_the_systems_error(tmp_path):

@@ -1,0 +1,156 @@
+"""What a checkpoint is for, and what a run may be scored on."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from stf_jax import main
+from stf_jax.datasets import load_index
+from stf_jax.evaluate import score_again
+from stf_jax.predict import Predictor
+from stf_jax.records import prepare_records
+from stf_jax.run import Run, Settings, allowed_mismatches, check_stamp, epoch_index, stamp_of
+from stf_jax.train import train_stage
+
+
+def _experiment(config, workdir: Path) -> Run:
+    config.stages.first.max_epochs = config.stages.second.max_epochs = 1
+    main.run_experiment(config, workdir, "configs/folder.py", {})
+    return Run(workdir)
+
+
+def test_a_run_is_scored_on_new_videos_only(tiny_config, tmp_path):
+    """One honest run, and everything that somebody may want to score with it."""
+    tiny_config.data.update(protocol="leave_one_group_out", fold=1, validation_fraction=0.0)
+    run = _experiment(tiny_config, tmp_path / "run")
+    results = run.read_json("results.json")
+    assert not results["leaky"] and results["overlap"] == 0.0 and results["seen"] is None
+
+    own, _ = score_again(run, subset="test", changes={}, allow=())
+    for key in ("top1", "loss", "confusion", "protocol", "leaky", "overlap", "seen"):
+        assert own[key] == results[key], key
+
+    # Its own training videos, another fold of its protocol, and another protocol.
+    for subset, changes in (
+        ("train", {}),
+        ("test", {"fold": 2}),
+        ("test", {"protocol": "random_fixed"}),
+    ):
+        with pytest.raises(ValueError, match=r"was trained on \d+ of the \d+ .*--allow=trained"):
+            score_again(run, subset=subset, changes=changes, allow=())
+    known, _ = score_again(run, subset="test", changes={"fold": 2}, allow=("trained",))
+    assert known["leaky"] and known["overlap"] == known["seen"] == 1.0
+
+    # The same videos elsewhere, under their names and under others.
+    moved = tmp_path / "moved"
+    shutil.copytree(tiny_config.data.root, moved)
+    again, _ = score_again(run, subset="test", changes={"root": str(moved)}, allow=())
+    assert again["top1"] == results["top1"] and again["confusion"] == results["confusion"]
+    for path in sorted(moved.glob("*/*_g1_*")):
+        path.rename(path.with_name(path.name.replace("_g1_", "_g0_new")))
+    with pytest.raises(ValueError, match="was trained on 4 of the"):
+        score_again(run, subset="test", changes={"root": str(moved)}, allow=())
+
+    # New videos of the classes that it knows, and of one that it does not.
+    fresh = tmp_path / "fresh"
+    for name in ("left", "right", "up"):
+        (fresh / name).mkdir(parents=True)
+        for group in (7, 8):
+            source = Path(tiny_config.data.root, "left", f"left_g{group - 6}_c0.mp4")
+            # The same pictures, other bytes: only a copy would be found out.
+            target = fresh / name / f"{name}_g{group}_c0.mp4"
+            target.write_bytes(source.read_bytes() + name.encode())
+    with pytest.raises(ValueError, match="1 classes that the run does not know: up.*allow=classes"):
+        score_again(run, subset="test", changes={"root": str(fresh)}, allow=())
+    new, scores = score_again(run, subset="test", changes={"root": str(fresh)}, allow=("classes",))
+    assert {e.video_id.split("/")[0] for e in scores.entries} == {"left", "right"}
+    assert (new["leaky"], new["overlap"], new["seen"]) == (False, 0.0, 0.0)
+
+    # A file that joins the test makes it another test.
+    data = Path(tiny_config.data.root)
+    joined = data / "left" / "left_g0_c9.mp4"
+    shutil.copy(data / "left" / "left_g0_c0.mp4", joined)
+    try:
+        with pytest.raises(ValueError, match=r"(?s)split .*videos 16 there, 17 now.*--allow=split"):
+            score_again(run, subset="test", changes={}, allow=())
+    finally:
+        joined.unlink()
+
+    # Weights of another flow: the file beside them was changed.
+    config = run.read_json("config.json")
+    config["records"]["flow_bound"] = 5.0
+    run.write_json("config.json", config)
+    with pytest.raises(ValueError, match="(?s)flow .*: flow_bound 4.0 there, 5.0 now"):
+        Predictor.load(run.workdir)
+    config["allow_mismatch"] = "flow"
+    run.write_json("config.json", config)
+    assert Predictor.load(run.workdir).warning == ""
+
+
+def test_the_papers_protocol_is_labelled_wherever_a_number_appears(tiny_config, tmp_path, capsys):
+    tiny_config.data.protocol = "paper_resplit"
+    run = _experiment(tiny_config, tmp_path / "run")
+    results = run.read_json("results.json")
+    assert results["leaky"] and results["overlap"] > 0.5 and 0 < results["seen"] <= 1
+    told = capsys.readouterr().out
+    share, seen = f"{results['overlap']:.1%}", f"{results['seen']:.1%}"
+    assert f"LEAKY PROTOCOL ({share} share a source with training, {seen} trained on" in told
+    page = (run.workdir / "report" / "index.html").read_text(encoding="utf-8")
+    assert "leaky protocol" in page and "had been trained on in earlier epochs" in page
+    assert "leaky protocol" in Predictor.load(run.workdir).warning
+    # The result is that of the last epoch's held-out part.
+    index = load_index(tiny_config.data)
+    records = prepare_records(index, Settings.of(tiny_config).records)
+    last = epoch_index(index, records, 1, 0).subset("test")
+    again, scores = score_again(run, subset="test", changes={}, allow=())
+    assert {e.video_id for e in scores.entries} == {e.video_id for e in last}
+    for key in ("top1", "loss", "leaky", "overlap", "seen"):
+        assert again[key] == results[key], key
+    log = (run.workdir / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(log[-1])["top1"] == pytest.approx(results["top1"])
+    with pytest.raises(ValueError, match="was trained on"):
+        score_again(run, subset="test", changes={"protocol": "hold_out"}, allow=())
+
+
+def test_a_stage_goes_on_only_with_what_it_began_with(tiny_config, tmp_path):
+    """The videos have changed between two starts; the configuration has not."""
+    root = tmp_path / "videos"
+    shutil.copytree(tiny_config.data.root, root)
+    tiny_config.data.root = str(root)
+    tiny_config.stages.first.max_epochs = 1
+    settings, run = Settings.of(tiny_config), Run(tmp_path / "run")
+    index = load_index(tiny_config.data)
+    train_stage(run, settings, "first", index, prepare_records(index, settings.records))
+    for path in root.glob("*/*_g3_*"):
+        path.unlink()
+    index = load_index(tiny_config.data)
+    records = prepare_records(index, settings.records)
+    run.stage_file("first", "done.json").unlink()
+    for stage in ("first", "second"):  # its own last checkpoint, and the hand-off
+        with pytest.raises(ValueError, match="(?s)first/.*split"):
+            train_stage(run, settings, stage, index, records)
+    tiny_config.allow_mismatch = "split"
+    train_stage(run, Settings.of(tiny_config), "second", index, records)
+
+
+def test_every_kind_of_mismatch_names_its_override(tiny_config):
+    settings = Settings.of(tiny_config)
+    stamp = stamp_of(load_index(tiny_config.data), settings)
+    check_stamp(stamp, stamp, Path("here"), ())
+    others = {
+        "classes": {**stamp, "classes": ["right", "left"]},
+        "split": {**stamp, "split": {**stamp["split"], "protocol": "random_fixed"}},
+        "flow": {**stamp, "flow": {**stamp["flow"], "flow_algorithm": "tvl1"}},
+    }
+    for name, other in others.items():
+        with pytest.raises(ValueError, match=f"--config.allow_mismatch={name} ") as error:
+            check_stamp(other, stamp, Path("here"), ())
+        assert f"{name} (" in str(error.value) and "there" in str(error.value)
+        check_stamp(other, stamp, Path("here"), (name,))
+    with pytest.raises(ValueError, match="allow_mismatch=classes,split,flow "):
+        check_stamp({}, stamp, Path("here"), ())
+    assert allowed_mismatches("") == () and allowed_mismatches("flow,split") == ("flow", "split")
+    with pytest.raises(ValueError, match="allow_mismatch: got 'splits'"):
+        allowed_mismatches("splits")
