@@ -17,6 +17,7 @@ SCRIPT = """
 import json, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh
+from stf_jax.augment import AugmentSettings
 from stf_jax.inputs import Batch, InputSettings
 from stf_jax.evaluate import score_batch
 from stf_jax.model import build_model
@@ -30,13 +31,14 @@ chance = np.random.default_rng(0)
 clip = (8, 8, 32, 32)
 batch = Batch(
     rgb=chance.integers(0, 256, (*clip, 3), np.uint8),
-    flow=chance.integers(0, 256, (*clip, 4), np.uint8),
+    flow=chance.integers(0, 256, (*clip[:2], 4, *clip[2:]), np.uint8),
     label=chance.integers(0, 5, 8).astype(np.int32),
     mask=np.array([True] * 7 + [False]),
     entry=np.arange(8, dtype=np.int32),
     seed=np.zeros((8, 2), np.uint32),
 )
-inputs = InputSettings(32, "minus1_1", "uv", "const128", 1 / 32, False, False)
+inputs = InputSettings(32, "minus1_1", "uv", "const128", 1 / 32)
+augment = AugmentSettings("centre", (), (0.1, 1.0), (0.5, 2.0), False, 0.0, 0.0, 0.0, 0.0, 0.3)
 optimizer = OptimizerSettings("sgdm", 0.0, 5.0, ())
 zeros = jnp.zeros((1, 8, 32, 32, 3)), jnp.zeros((1, 8, 32, 32, 4))
 params = jax.jit(lambda key: model.init(key, *zeros, train=False)["params"])(jax.random.key(0))
@@ -48,7 +50,7 @@ for name, mesh in {
     "model": make_mesh(2),
 }.items():
     state = place(initial_state(params, optimizer), mesh)
-    static = dict(model=model, inputs=inputs, optimizer=optimizer, mesh=mesh)
+    static = dict(model=model, inputs=inputs, augment=augment, optimizer=optimizer, mesh=mesh)
     call = (state, divide(batch, mesh), jax.random.key(1), np.float32(0.1))
     step = train_step.lower(*call, **static).compile()
     text = step.as_text()

@@ -326,8 +326,8 @@ def test_clip_holds_the_frames_and_fields_of_the_video(tiny_records):
         for offset in range(4):
             k = min(max(c - 2 + offset, 0), total - 2)
             field = tf.io.decode_jpeg(example["flow"][k], dct_method="INTEGER_ACCURATE").numpy()
-            np.testing.assert_array_equal(batch.flow[0, t, ..., 2 * offset], field[:size, :, 0])
-            np.testing.assert_array_equal(batch.flow[0, t, ..., 2 * offset + 1], field[size:, :, 0])
+            np.testing.assert_array_equal(batch.flow[0, t, 2 * offset], field[:size, :, 0])
+            np.testing.assert_array_equal(batch.flow[0, t, 2 * offset + 1], field[size:, :, 0])
 
 
 def test_prediction_reads_the_evaluations_clip(tiny_records):
@@ -367,7 +367,7 @@ def test_flow_between_the_frames_of_a_clip(tiny_records, algorithm):
     frames = _moving(stored, 8, 2)
     unread = (b"",) * 7  # no stored field is touched
     clip = clip_of(frames, unread, between, stored)  # frames 0, 2, 4, 6
-    moved = dequantise(clip.flow[0, :, 16:-16, 16:-16], 10.0).mean(axis=(1, 2))
+    moved = dequantise(clip.flow[0, ..., 16:-16, 16:-16], 10.0).mean(axis=(2, 3))
     np.testing.assert_allclose(moved, np.tile([4.0, 2.0], (4, 4)), atol=0.4)
 
 
@@ -389,7 +389,7 @@ def test_the_window_of_a_clip_of_its_own(tiny_records):
     for k, window in enumerate(
         [[0, 0, 0, 1], [0, 0, 1, 2], [0, 1, 2, 3], [1, 2, 3, 4], [2, 3, 4, 4], [3, 4, 4, 4]]
     ):
-        expected = np.concatenate([fields[j] for j in window], axis=-1)
+        expected = np.concatenate([fields[j] for j in window], axis=-1).transpose(2, 0, 1)
         np.testing.assert_array_equal(flow[k], expected)
 
 
@@ -438,7 +438,8 @@ def test_a_square_is_cut_from_along_the_longer_side(tiny_records, sides):
     corners = Counter()
     for seed in [None, *map(tf.constant, seeds)]:
         rgb, flow = (x.numpy().astype(int) for x in square(seed))
-        assert rgb.shape == (3, 40, 40, 3) and flow.shape == (3, 40, 40, 8)
+        assert rgb.shape == (3, 40, 40, 3) and flow.shape == (3, 8, 40, 40)
+        flow = flow.transpose(0, 2, 3, 1)
         # Colours and all fields show the same place.
         top, left = (round(float(flow[0, 0, :, 0].mean())), round(float(flow[0, :, 0, 1].mean())))
         for fields in np.split(flow, 4, axis=-1):
