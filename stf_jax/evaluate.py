@@ -111,7 +111,7 @@ def evaluate_subset(
         settings.sampling,
         batch_size=size,
         train=False,
-        part=part_of_batch(settings.mesh, jax.process_index()),
+        part=part_of_batch(settings.mesh.devices, jax.process_index()),
     )
     if show_progress:
         steps = steps_per_epoch(len(entries), size)

@@ -93,11 +93,11 @@ def keep_placed(tree: Tree, mesh: Mesh) -> Tree:
     return jax.lax.with_sharding_constraint(tree, shardings(tree, mesh))
 
 
-def part_of_batch(mesh: Mesh, process: int) -> tuple[int, int]:
+def part_of_batch(devices: np.ndarray, process: int) -> tuple[int, int]:
     """Which part of every batch a process reads: the rows that its own devices work on.
 
     Args:
-      mesh: all devices.
+      devices: those of the mesh, 'data' x 'model' (`Mesh.devices`).
       process: `jax.process_index()`.
 
     Returns:
@@ -109,10 +109,10 @@ def part_of_batch(mesh: Mesh, process: int) -> tuple[int, int]:
     """
     places = [
         row
-        for row, devices in enumerate(mesh.devices)
-        if any(device.process_index == process for device in devices)
+        for row, sharing in enumerate(devices)
+        if any(device.process_index == process for device in sharing)
     ]
-    count, total = len(places), len(mesh.devices)
+    count, total = len(places), len(devices)
     together = places == list(range(places[0], places[0] + count))
     if not together or total % count or places[0] % count:
         raise ValueError(

@@ -308,7 +308,7 @@ class _Loop:
             random_crop=settings.augment.moves,
             start_step=start_step,
             stop_step=self._stage.max_epochs * self._per_epoch,
-            part=part_of_batch(settings.mesh, jax.process_index()),
+            part=part_of_batch(settings.mesh.devices, jax.process_index()),
         )
         self._stream = divided_ahead(stream, settings.mesh)
         self._clock = time.monotonic()

@@ -10,9 +10,10 @@ import pytest
 
 from configs import ucf101
 from stf_jax import train
+from stf_jax.augment import mixup_shares
 from stf_jax.datasets import load_index
 from stf_jax.evaluate import score_batch
-from stf_jax.inputs import Batch
+from stf_jax.inputs import Batch, network_input
 from stf_jax.parallel import place
 from stf_jax.pipeline import batches
 from stf_jax.records import prepare_records
@@ -128,6 +129,32 @@ def test_a_rate_of_zero_changes_nothing_and_rates_scale_updates(parts):
         for m in moved[1:]
     )  # fmt: skip
     np.testing.assert_allclose(two, 2 * one, rtol=1e-2, atol=2e-7)
+
+
+def test_a_mixtures_loss_is_the_mixture_of_its_losses(parts):
+    """The step's loss by hand: mixed clips, scored against both labels, filler rows alone."""
+    settings = parts[1]
+    plain = dataclasses.replace(settings.augment, crop="centre")
+    mixed = dataclasses.replace(plain, mixup=1.0)
+    config = settings.config.as_configdict().copy_and_resolve_references()
+    config.model.drop.update(input=0.0, output=0.0)
+    settings = dataclasses.replace(Settings.of(config), augment=mixed)
+    batch = _batch(parts)._replace(label=np.array([0, 1, 1, 0], np.int32))
+    batch = batch._replace(mask=np.array([True, True, True, False]))
+    rgb, flow = network_input(jax.tree.map(jnp.asarray, batch), settings.inputs, plain)
+    share = np.asarray(mixup_shares(jnp.asarray(batch.seed), jnp.asarray(batch.mask), 1.0))
+    assert (share[:2] < 1).all() and share[2] == 1
+    own = share.reshape(4, 1, 1, 1, 1)
+    clips = [own * x + (1 - own) * np.roll(x, -1, axis=0) for x in (rgb, flow)]
+    params = _state(settings).params
+    logits, _ = settings.model(2).apply({"params": params}, *clips, train=False)
+    losses = -jax.nn.log_softmax(logits)
+    first, second = losses[np.arange(4), batch.label], losses[np.arange(4), [1, 1, 0, 0]]
+    expected = float((share * first + (1 - share) * second)[:3].mean())
+    loss = float(_step(settings, _state(settings), batch)[1])
+    assert loss == pytest.approx(expected, rel=1e-4)
+    unmixed = dataclasses.replace(settings, augment=plain)
+    assert abs(float(_step(unmixed, _state(settings), batch)[1]) - loss) > 1e-3
 
 
 def test_stages_hand_over_weights_and_nothing_else(parts):
