@@ -14,7 +14,8 @@ two are timed in turn, from the first batch to the last. Needs `make install EXT
 STF_DATA, which holds `ucf101_8`; without that it generates the demo's videos and says so.
 
 Writes experiments/results/bench_data.csv; a case that is there already is replaced, others stay.
-  case          what is timed; 'stage' rows are one clip's processor time, on one core
+  case          what is timed; 'stage' rows are one clip's processor time, on one core, theirs
+                those of the lean peer
   ours, theirs  medians; their spreads are half the ranges
   ratio         ours / theirs, the median over pairs (of passes, one after the other; of clips):
                 of clips/s above 1 is faster, of ms below 1
@@ -402,14 +403,12 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         writer.writerows([*old, *rows])
 
 
-def _origin(source: str) -> dict[str, Any]:
+def _origin() -> dict[str, Any]:
     from stf_jax.main import environment
 
     facts = environment()
     return {
         "rounds": _ROUNDS.value,
-        "clips": _CLIPS.value,
-        "source": source,
         "commit": facts["commit"],
         "machine": facts["machine"],
     }
@@ -427,7 +426,8 @@ def main(argv: Sequence[str]) -> None:
 
     cv2.setNumThreads(1)
     settings, index, records, source = prepare_clips()
-    origin = _origin(source)
+    origin = _origin()
+    where = "" if source == "ucf101_8" else f" ({source})"
     entries = [entry for entry in index.entries if records.rows[entry.video_id].usable]
     ours = records.folder, settings, entries
     usual, lean = (peer_videos(index, records, shape) for shape in (_USUAL, (SIZE, SIZE)))
@@ -437,12 +437,12 @@ def main(argv: Sequence[str]) -> None:
         ("lean peer, our transform on this CPU too", lean, True),
     ):
         sides = (_ours, (*ours, whole)), (_theirs, (videos, videos is usual))
-        row = _row(f"loader: {case}", "clips/s", **time_in_turn(*sides, _ROUNDS.value))
+        row = _row(f"loader: {case}{where}", "clips/s", **time_in_turn(*sides, _ROUNDS.value))
         print(row, flush=True)
         write_rows(Path(_OUT.value), [row | origin])
     theirs = their_stages(lean[:STAGED], usual=False)
     for name, values in our_stages(settings, records, STAGED).items():
-        row = _row(f"loader stage: {name}", "ms/clip", values, theirs.get(name, []))
+        row = _row(f"loader stage: {name}{where}", "ms/clip", values, theirs.get(name, []))
         print(row, flush=True)
         write_rows(Path(_OUT.value), [row | origin])
 
