@@ -17,6 +17,7 @@ Writes experiments/results/bench_data.csv; a case that is there already is repla
   case          what is timed; 'stage' rows are one clip's processor time, on one core, theirs
                 those of the lean peer
   ours, theirs  medians; their spreads are half the ranges
+  rounds        passes of each side; stages are of 12 clips
   ratio         ours / theirs, the median over pairs (of passes, one after the other; of clips):
                 of clips/s above 1 is faster, of ms below 1
 """
