@@ -73,8 +73,18 @@ def get_config() -> ConfigDict:
         "flow_channels": "uv",  # uv_half, mag, gray, u (SPEC 2.3)
         "flow_mean": "const128",  # per_field, none (SPEC 2.10)
         "flow_scale": 1 / 32,
-        "random_crop": True,
+    }
+    config.augment = {  # training only; the paper has none
+        "crop": "random",  # centre, corners, resized
+        "scales": (),  # of the window, rescaled: (1.0, 0.875, 0.75, 0.66)
+        "area": (0.08, 1.0),  # of 'resized', share of the frame
+        "aspect": (0.75, 4 / 3),  # of 'resized', width over height
         "flip": False,  # left and right are different classes
+        "brightness": 0.0,  # shares, such as 0.2
+        "contrast": 0.0,
+        "saturation": 0.0,
+        "hue": 0.0,  # of the circle, at most 0.5
+        "mixup": 0.0,  # alpha of its Beta distribution, such as 0.2
     }
     config.model = {
         "width": 8,

@@ -21,7 +21,7 @@ from stf_jax.index import ClipEntry, VideoIndex
 from stf_jax.inputs import Batch, InputSettings, flow_to_pixels, network_input
 from stf_jax.metrics import Figures, summarise
 from stf_jax.model import Network, fold_pyramid
-from stf_jax.parallel import COMPILER_OPTIONS, divide, place
+from stf_jax.parallel import COMPILER_OPTIONS, divided_ahead, gather, part_of_batch, place
 from stf_jax.pipeline import batches, steps_per_epoch
 from stf_jax.records import Records, prepare_records
 from stf_jax.run import (
@@ -41,7 +41,7 @@ def score_batch(
     params: Params, batch: Batch, *, model: Network, inputs: InputSettings
 ) -> Float[Array, "b k"]:
     """Class probabilities of each clip of a batch."""
-    rgb, flow = network_input(batch, inputs, train=False)
+    rgb, flow = network_input(batch, inputs, augment=None)
     logits, _ = model.apply({"params": params}, rgb, flow, train=False)
     return jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
 
@@ -77,21 +77,21 @@ def evaluate(
       model: the network.
       params: its parameters.
       inputs: how clips become network input.
-      stream: batches; masked rows are left out.
+      stream: batches, or this process's part of each; masked rows are left out.
       entries: what `Batch.entry` points into.
       mesh: the devices that batches are divided among.
 
     Returns:
-      The scores, independent of batch size and order.
+      The scores, independent of batch size and order, in every process.
 
     Raises:
       ValueError: a video is missing or comes twice (names it).
     """
     rows: dict[int, np.ndarray] = {}
-    for batch in stream:
-        divided = divide(batch, mesh)
-        scores = np.asarray(score_batch(params, divided, model=model, inputs=inputs))
-        for entry, row in zip(batch.entry[batch.mask].tolist(), scores[batch.mask], strict=True):
+    for _, batch in divided_ahead(stream, mesh):
+        divided = score_batch(params, batch, model=model, inputs=inputs)
+        scores, numbers, mask = gather((divided, batch.entry, batch.mask))
+        for entry, row in zip(numbers[mask].tolist(), scores[mask], strict=True):
             if entry in rows:
                 raise ValueError(f"{entries[entry].video_id} came twice in one evaluation")
             rows[entry] = row
@@ -117,7 +117,12 @@ def evaluate_subset(
         raise ValueError(f"the {subset} subset of {index.root} holds no usable video")
     size = settings.config.batch_size
     stream: Iterable[Batch] = batches(
-        records, entries, settings.sampling, batch_size=size, train=False
+        records,
+        entries,
+        settings.sampling,
+        batch_size=size,
+        train=False,
+        part=part_of_batch(settings.mesh.devices, jax.process_index()),
     )
     if show_progress:
         steps = steps_per_epoch(len(entries), size)
@@ -244,7 +249,8 @@ def write_samples(
     for number, (entry, batch) in enumerate(zip(entries, stream, strict=True)):
         centre = settings.sampling.flow_frames // 2 * 2
         flow = flow_to_pixels(
-            jnp.asarray(batch.flow[0, ..., centre : centre + 2]), settings.records.flow_bound
+            jnp.asarray(batch.flow[0, :, centre : centre + 2].transpose(0, 2, 3, 1)),
+            settings.records.flow_bound,
         )
         np.savez_compressed(
             folder / f"{number}.npz",

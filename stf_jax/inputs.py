@@ -1,4 +1,4 @@
-"""From the bytes of a batch to network input: cropping, flipping, normalising, on the device."""
+"""From the bytes of a batch to network input: cropping, augmenting, normalising, on the device."""
 
 import dataclasses
 import functools
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Float32, Int, UInt8, UInt32
 
+from stf_jax.augment import AugmentSettings, augment_clip
 from stf_jax.flow import ZERO_FLOW, colour_wheel
 
 # ImageNet means of the three colour channels in the order blue, green, red (SPEC 3.3).
@@ -29,7 +30,8 @@ class Batch(NamedTuple):
 
     Attributes:
       rgb: uint8 `b t h w 3`, colour frames at the stored size.
-      flow: uint8 `b t h w c`, c = 2L quantised components: u, v of field 1, u, v of field 2, ...
+      flow: uint8 `b t c h w`, c = 2L quantised components: u, v of field 1, u, v of field 2, ...
+        A field is a picture here, as it is stored; it becomes channels on the device.
       label: int32 `b`.
       mask: bool `b`, False for rows that only fill up the last batch.
       entry: int32 `b`, position of the video in the list of clips that the pipeline was given.
@@ -37,7 +39,7 @@ class Batch(NamedTuple):
     """
 
     rgb: UInt8[Array, "b t h w 3"]
-    flow: UInt8[Array, "b t h w c"]
+    flow: UInt8[Array, "b t c h w"]
     label: Int[Array, " b"]
     mask: Bool[Array, " b"]
     entry: Int[Array, " b"]
@@ -50,7 +52,7 @@ class InputSettings:
 
     Args:
       crop_size: side of the square that the network sees, px; at most the stored size. Cut from
-        the centre, or anywhere in training if `random_crop`.
+        the centre; in training `augment` may have it elsewhere.
       rgb_preprocess: 'caffe' (blue, green, red minus the ImageNet means; SPEC 3.3), 'zero_one' or
         'minus1_1' (red, green, blue scaled).
       flow_channels: what of the L fields around a frame the network sees; see `read_flow` (SPEC
@@ -59,10 +61,6 @@ class InputSettings:
         which is 128 for 'uv', 'uv_half' and 'u', 0 for 'mag' and 255 (white) for 'gray';
         'per_field', the spatial mean of each channel of each frame; or 'none'.
       flow_scale: what is left is multiplied by it (SPEC 2.10: 1 or 1/128).
-      random_crop: training only; the paper has none (SPEC 8.8). With `records.resize='short_side'`
-        it also moves the stored square along the longer side of the frame (SPEC 3.2).
-      flip: mirror half of the training clips, colours and flow alike, u negated (SPEC 2.12); the
-        paper has none, and it is wrong where left and right are different classes.
 
     Raises:
       ValueError: an impossible value (names it).
@@ -73,8 +71,6 @@ class InputSettings:
     flow_channels: str
     flow_mean: str
     flow_scale: float
-    random_crop: bool
-    flip: bool
 
     def __post_init__(self) -> None:
         """Checks the values."""
@@ -99,14 +95,14 @@ class InputSettings:
 
 
 def network_input(
-    batch: Batch, settings: InputSettings, *, train: bool
+    batch: Batch, settings: InputSettings, augment: AugmentSettings | None
 ) -> tuple[Float[Array, "b t h2 w2 3"], Float[Array, "b t h2 w2 c"]]:
-    """Crops, flips (training) and normalises both streams in the same way.
+    """Crops, augments and normalises both streams in the same way.
 
     Args:
-      batch: stored clips; its per-sample seeds decide crop and flip.
+      batch: stored clips; its per-sample seeds decide what is drawn.
       settings: see there.
-      train: whether to augment.
+      augment: what training clips get; None for evaluation, which crops the centre.
 
     Returns:
       float32 colour and flow, spatially `crop_size` x `crop_size`.
@@ -120,12 +116,12 @@ def network_input(
             f"inputs.crop_size is {settings.crop_size} px but the records hold {height}x{width} px "
             "frames: lower it, or raise records.size and prepare again"
         )
-    if train:
-        rgb, flow = jax.vmap(functools.partial(_augment, settings=settings))(
-            batch.rgb, batch.flow, batch.seed
-        )
+    rgb, flow = batch.rgb, rearrange(batch.flow, "b t c h w -> b t h w c")
+    if augment is None:
+        rgb, flow = (_centre_crop(x, settings.crop_size) for x in (rgb, flow))
     else:
-        rgb, flow = (_centre_crop(x, settings.crop_size) for x in (batch.rgb, batch.flow))
+        one = functools.partial(augment_clip, settings=augment, crop_size=settings.crop_size)
+        rgb, flow = jax.vmap(one)(rgb, flow, batch.seed)
     return _normalise_rgb(rgb, settings), _normalise_flow(flow, settings)
 
 
@@ -134,7 +130,9 @@ def flow_to_pixels(flow: Array, bound: float) -> Array:
     return flow.astype(jnp.float32) * (2.0 * bound / 255.0) - bound
 
 
-def read_flow(flow: UInt8[Array, "b t h w c"], reading: str) -> Float32[Array, "b t h w c2"]:
+def read_flow(
+    flow: UInt8[Array, "b t h w c"] | Float32[Array, "b t h w c"], reading: str
+) -> Float32[Array, "b t h w c2"]:
     """What the network sees of its L fields, on the scale of bytes (SPEC 2.3).
 
     'uv': u and v of each, 2L channels. 'uv_half': u and v of the L/2 fields in the middle, L
@@ -146,7 +144,7 @@ def read_flow(flow: UInt8[Array, "b t h w c"], reading: str) -> Float32[Array, "
     still field, whose u is 255 - 128, stands still.
 
     Args:
-      flow: quantised; u, v of field 1, u, v of field 2, ... of each frame.
+      flow: quantised, or on that scale; u, v of field 1, u, v of field 2, ... of each frame.
       reading: one of `STILL_FLOW`.
     """
     if reading == "uv":
@@ -178,36 +176,6 @@ def _grey_hue(u: Array, v: Array) -> Array:
 def _centre_crop(clip: Array, size: int) -> Array:
     top, left = ((side - size) // 2 for side in clip.shape[-3:-1])
     return clip[..., top : top + size, left : left + size, :]
-
-
-def _augment(rgb: Array, flow: Array, seed: Array, settings: InputSettings) -> tuple[Array, Array]:
-    """One clip, `t h w c`: both streams get the same window and the same flip."""
-    crop_key, flip_key = jax.random.split(jax.random.wrap_key_data(seed, impl="threefry2x32"))
-    if settings.random_crop:
-        room = jnp.array([side - settings.crop_size + 1 for side in rgb.shape[1:3]])
-        top, left = jax.random.randint(crop_key, (2,), 0, room)
-        rgb, flow = (
-            jax.lax.dynamic_slice(
-                x,
-                (0, top, left, 0),
-                (x.shape[0], settings.crop_size, settings.crop_size, x.shape[3]),
-            )
-            for x in (rgb, flow)
-        )
-    else:
-        rgb, flow = (_centre_crop(x, settings.crop_size) for x in (rgb, flow))
-    if settings.flip:
-        mirrored = jax.random.bernoulli(flip_key)
-        rgb = jnp.where(mirrored, rgb[:, :, ::-1], rgb)
-        flow = jnp.where(mirrored, mirror_flow(flow), flow)
-    return rgb, flow
-
-
-def mirror_flow(flow: UInt8[Array, "t h w c"]) -> UInt8[Array, "t h w c"]:
-    """Mirrors quantised flow left to right: columns reversed, u -> 255 - u, v kept (SPEC 2.12)."""
-    fields = rearrange(flow[:, :, ::-1], "t h w (l uv) -> t h w l uv", uv=2)
-    negated = jnp.stack([255 - fields[..., 0], fields[..., 1]], axis=-1)
-    return rearrange(negated, "t h w l uv -> t h w (l uv)")
 
 
 def _normalise_rgb(rgb: Array, settings: InputSettings) -> Array:

@@ -7,10 +7,12 @@ layer's input matrices, two thirds of all weights, along the pyramid vector.
 
 import functools
 import re
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from stf_jax.optim import parameter_path
@@ -91,6 +93,66 @@ def keep_placed(tree: Tree, mesh: Mesh) -> Tree:
     return jax.lax.with_sharding_constraint(tree, shardings(tree, mesh))
 
 
+def part_of_batch(devices: np.ndarray, process: int) -> tuple[int, int]:
+    """Which part of every batch a process reads: the rows that its own devices work on.
+
+    Args:
+      devices: those of the mesh, 'data' x 'model' (`Mesh.devices`).
+      process: `jax.process_index()`.
+
+    Returns:
+      (i, n): the i-th of n equal parts. Processes that share the rows of a batch, because the axis
+      'model' spans them, read the same part.
+
+    Raises:
+      ValueError: its devices do not lie together on the axis 'data' (names them).
+    """
+    places = [
+        row
+        for row, sharing in enumerate(devices)
+        if any(device.process_index == process for device in sharing)
+    ]
+    count, total = len(places), len(devices)
+    together = places == list(range(places[0], places[0] + count))
+    if not together or total % count or places[0] % count:
+        raise ValueError(
+            f"process {process} has places {places} of {total} on the axis 'data', which are not "
+            "an equal part of it: give every process as many devices, model_devices dividing them"
+        )
+    return places[0] // count, total // count
+
+
 def divide(batch: Tree, mesh: Mesh) -> Tree:
-    """Divides the rows of a batch among the devices."""
-    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+    """Divides the rows of a batch among the devices.
+
+    Args:
+      batch: numpy arrays, the rows of this process (see `part_of_batch`).
+      mesh: the devices.
+
+    Returns:
+      Arrays of the whole batch, of which each device holds its rows.
+    """
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    place_rows = functools.partial(jax.make_array_from_process_local_data, rows)
+    return jax.tree.map(place_rows, batch)
+
+
+def divided_ahead(stream: Iterable[Tree], mesh: Mesh) -> Iterator[tuple[Tree, Tree]]:
+    """Divides batches one ahead, so that one is copied to a GPU while it works on another.
+
+    Yields:
+      Each batch as it was read, and divided.
+    """
+    waiting: tuple[Tree, Tree] | None = None
+    for batch in stream:
+        following = batch, divide(batch, mesh)
+        if waiting is not None:
+            yield waiting
+        waiting = following
+    if waiting is not None:
+        yield waiting
+
+
+def gather(tree: Any) -> Any:
+    """Arrays whose rows are divided among devices, whole, as numpy arrays in every process."""
+    return multihost_utils.process_allgather(tree, tiled=True)

@@ -6,8 +6,9 @@ stream that starts at step k gives the very batches that one started at 0 gives 
 
 import dataclasses
 import functools
+import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -264,11 +265,11 @@ def decode_clip(
       seed: int32 `2`, of where the square lies; None takes it from the centre.
 
     Returns:
-      uint8 `t h w 3` and uint8 `t h w 2L`, channels u, v of the first field, then of the next.
+      uint8 `t h w 3` and uint8 `t 2L h w`: u, v of the first field, then of the next.
     """
     total, size = tf.size(frames), stored.size
     shown = frame_indices(wanted, total)
-    corner = _corner(frames[0], size, seed)
+    corner = _corner(frames[0], size, seed) if stored.resize == "short_side" else None
     rgb = tf.map_fn(
         lambda data: _cut(_jpeg(data, 3)[None], corner, size)[0],
         tf.gather(frames, shown),
@@ -280,8 +281,8 @@ def decode_clip(
     else:
         windows = flow_indices(tf.range(count), tf.constant(count), settings)
         stacks = tf.gather(_clip_fields(rgb, shown, stored), windows)
-    stacks = tf.reshape(stacks, [count, 2 * settings.flow_frames, size, size])
-    return rgb, tf.transpose(stacks, [0, 2, 3, 1])
+    # Fields stay pictures: making channels of them here would cost as much as decoding them.
+    return rgb, tf.reshape(stacks, [count, 2 * settings.flow_frames, size, size])
 
 
 def _corner(frame: tf.Tensor, size: int, seed: tf.Tensor | None) -> tf.Tensor:
@@ -295,14 +296,17 @@ def _corner(frame: tf.Tensor, size: int, seed: tf.Tensor | None) -> tf.Tensor:
     return tf.minimum(drawn, room)
 
 
-def _cut(images: tf.Tensor, corner: tf.Tensor, size: int) -> tf.Tensor:
-    """A square of each image: `n h w c` -> `n size size c`."""
-    top, left = corner[0], corner[1]
-    square = images[:, top : top + size, left : left + size]
-    return tf.ensure_shape(square, [None, size, size, images.shape[-1]])
+def _cut(images: tf.Tensor, corner: tf.Tensor | None, size: int) -> tf.Tensor:
+    """A square of each image: `n h w c` -> `n size size c`; None: they are squares already."""
+    if corner is not None:
+        top, left = corner[0], corner[1]
+        images = images[:, top : top + size, left : left + size]
+    return tf.ensure_shape(images, [None, size, size, images.shape[-1]])
 
 
-def _stored_fields(flow: tf.Tensor, windows: tf.Tensor, corner: tf.Tensor, size: int) -> tf.Tensor:
+def _stored_fields(
+    flow: tf.Tensor, windows: tf.Tensor, corner: tf.Tensor | None, size: int
+) -> tf.Tensor:
     """The stored fields of each window, uint8 `(t l) 2 h w`."""
     # Neighbouring windows overlap when the stride is below L: decode every field once.
     needed, where = tf.unique(tf.reshape(windows, [-1]))
@@ -316,7 +320,12 @@ def _stored_fields(flow: tf.Tensor, windows: tf.Tensor, corner: tf.Tensor, size:
     def moving(index: tf.Tensor) -> tf.Tensor:
         return tf.cond(index < 0, lambda: still, lambda: field(index))
 
-    fields = tf.map_fn(moving, needed, fn_output_signature=tf.TensorSpec([2, size, size], tf.uint8))
+    def each(decode: Callable[[tf.Tensor], tf.Tensor]) -> tf.Tensor:
+        signature = tf.TensorSpec([2, size, size], tf.uint8)
+        return tf.map_fn(decode, needed, fn_output_signature=signature)
+
+    # Only videos shorter than a clip have fields that stand still: others need not ask at each.
+    fields = tf.cond(tf.reduce_any(needed < 0), lambda: each(moving), lambda: each(field))
     return tf.gather(fields, where)
 
 
@@ -380,6 +389,7 @@ def batches(
     random_crop: bool = False,
     start_step: int = 0,
     stop_step: int | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
     """Streams batches from step `start_step` on.
 
@@ -398,19 +408,31 @@ def batches(
         longer side instead of the central one (see `decode_clip`).
       start_step: first step to yield.
       stop_step: first step not to yield; None means the end of the first epoch.
+      part: (i, n) reads the i-th n-th of every batch's rows: what one of n processes needs. Parts
+        0 to n - 1, one after the other, are the batch.
 
     Yields:
       Batches of numpy arrays, deterministic given the arguments.
+
+    Raises:
+      ValueError: a batch cannot be divided like that (names both).
     """
+    number, parts = part
+    if batch_size % parts or not 0 <= number < parts:
+        raise ValueError(
+            f"part {number} of {parts} of a batch: batch_size is {batch_size}, allowed: multiples "
+            f"of {parts}, and parts 0 to {parts - 1}"
+        )
+    rows = batch_size // parts
     per_epoch = steps_per_epoch(len(entries), batch_size)
     stop_step = per_epoch if stop_step is None else stop_step
     positions = [records.rows[entry.video_id].record for entry in entries]
     labels = np.array([entry.label for entry in entries], np.int32)
 
     def plan(slot: np.int64) -> tuple[bytes, np.int32, np.ndarray]:
-        step, row = divmod(int(slot), batch_size)
+        step, row = divmod(int(slot), rows)
         epoch, step = divmod(step, per_epoch)
-        rank = step * batch_size + row
+        rank = step * batch_size + number * rows + row
         if rank >= len(entries):  # a masked row: any video will do
             return records.read(positions[0]), np.int32(-1), np.zeros(2, np.uint32)
         entry = int(epoch_order(len(entries), seed, epoch)[rank]) if train else rank
@@ -439,11 +461,21 @@ def batches(
         )
         return rgb, flow, tf.gather(labels, tf.maximum(entry, 0)), entry >= 0, entry, random
 
-    slots = tf.data.Dataset.range(start_step * batch_size, stop_step * batch_size)
+    cores = os.cpu_count() or 1
     stream = (
-        slots.map(load, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-        .batch(batch_size, drop_remainder=True)
+        tf.data.Dataset.range(start_step * rows, stop_step * rows)
+        .map(load, num_parallel_calls=cores, deterministic=True)
+        .batch(rows, drop_remainder=True)
         .prefetch(2)
+        .with_options(_options(cores))
     )
     for arrays in stream.as_numpy_iterator():
         yield Batch(*arrays)
+
+
+def _options(cores: int) -> tf.data.Options:
+    """One thread a core and a clip: a clip's own parts are too small to be shared out."""
+    options = tf.data.Options()
+    options.threading.private_threadpool_size = cores
+    options.threading.max_intra_op_parallelism = 1
+    return options

@@ -15,6 +15,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from stf_jax import prepare, protocols
+from stf_jax.augment import AugmentSettings
 from stf_jax.checkpoint import Checkpoints, Params
 from stf_jax.index import ClipEntry, VideoIndex, some
 from stf_jax.inputs import InputSettings
@@ -52,6 +53,7 @@ class Settings:
     records: RecordSettings
     sampling: SamplingSettings
     inputs: InputSettings
+    augment: AugmentSettings
     optimizer: OptimizerSettings
     stages: Mapping[str, StageSettings]
 
@@ -79,11 +81,18 @@ class Settings:
             )
         sampling, inputs = SamplingSettings(**config.sampling), InputSettings(**config.inputs)
         inputs.channels(sampling.flow_frames)
+        augment = AugmentSettings(**config.augment)
+        if augment.mixup and config.batch_size < 2:
+            raise ValueError(
+                f"augment.mixup={augment.mixup} mixes the clips of a batch: batch_size must be at "
+                f"least 2, got {config.batch_size}"
+            )
         return cls(
             config=config,
             records=RecordSettings(**config.records),
             sampling=sampling,
             inputs=inputs,
+            augment=augment,
             optimizer=OptimizerSettings(**config.optimizer),
             stages={name: StageSettings(**config.stages[name]) for name in config.stage_order},
         )

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import json
 import os
 import signal
@@ -21,6 +20,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from stf_jax import progress
+from stf_jax.augment import AugmentSettings, mix, mixup_shares, next_row
 from stf_jax.checkpoint import Checkpoints, Params, starting_params, write_fates
 from stf_jax.evaluate import evaluate_subset
 from stf_jax.index import ClipEntry, VideoIndex
@@ -28,7 +28,13 @@ from stf_jax.inputs import Batch, InputSettings, network_input
 from stf_jax.metrics import Sums, cross_entropy
 from stf_jax.model import Network
 from stf_jax.optim import OptimizerSettings, learning_rate_fn, make_optimizer
-from stf_jax.parallel import COMPILER_OPTIONS, divide, keep_placed, place
+from stf_jax.parallel import (
+    COMPILER_OPTIONS,
+    divided_ahead,
+    keep_placed,
+    part_of_batch,
+    place,
+)
 from stf_jax.pipeline import batches, steps_per_epoch
 from stf_jax.records import Records
 from stf_jax.run import (
@@ -83,7 +89,7 @@ def abstract_state(settings: Settings, num_classes: int) -> TrainState:
 
 @functools.partial(
     jax.jit,
-    static_argnames=("model", "inputs", "optimizer", "mesh"),
+    static_argnames=("model", "inputs", "augment", "optimizer", "mesh"),
     donate_argnames=("state",),
     compiler_options=COMPILER_OPTIONS,
 )
@@ -95,6 +101,7 @@ def train_step(
     *,
     model: Network,
     inputs: InputSettings,
+    augment: AugmentSettings,
     optimizer: OptimizerSettings,
     mesh: Mesh,
 ) -> tuple[TrainState, Array]:
@@ -107,13 +114,17 @@ def train_step(
       learning_rate: float32 scalar.
       model: the network.
       inputs: how clips become network input.
+      augment: what is done to them in training.
       optimizer: what turns gradients into updates.
       mesh: the devices that the state lies on and the batch is divided among.
 
     Returns:
       The state after the step, and the mean loss of the batch before it.
     """
-    rgb, flow = network_input(batch, inputs, train=True)
+    rgb, flow = network_input(batch, inputs, augment)
+    if augment.mixup:
+        share = mixup_shares(batch.seed, batch.mask, augment.mixup)
+        rgb, flow = mix(rgb, share), mix(flow, share)
     dropout = jax.random.fold_in(key, state.step)
 
     def loss_fn(params: Params) -> tuple[Array, tuple[Array, Array]]:
@@ -121,7 +132,10 @@ def train_step(
             {"params": params}, rgb, flow, train=True, rngs={"dropout": dropout}
         )
         logits, features = outputs
-        loss = cross_entropy([features[name] for name in model.scored], batch.label)
+        scores = [features[name] for name in model.scored]
+        loss = cross_entropy(scores, batch.label)
+        if augment.mixup:
+            loss = share * loss + (1 - share) * cross_entropy(scores, next_row(batch.label))
         weight = batch.mask.astype(jnp.float32)
         return (loss * weight).sum() / weight.sum(), (loss, logits)
 
@@ -145,6 +159,7 @@ class StageProgress:
       plateau_top1: accuracy that the stop rule compares with.
       plateau_epochs: epochs since it last rose by more than `min_delta`.
       seconds: time spent, over all restarts.
+      waiting_seconds: those of them in which training stood still for want of clips.
     """
 
     epoch: int = 0
@@ -154,6 +169,7 @@ class StageProgress:
     plateau_top1: float = -1.0
     plateau_epochs: int = 0
     seconds: float = 0.0
+    waiting_seconds: float = 0.0
 
     def update(self, top1: float, loss: float, min_delta: float) -> bool:
         """Takes in one validation; returns whether it is the best so far."""
@@ -215,6 +231,7 @@ def train_stage(
         "best_top1": memory.best_top1,
         "stopped": stopped,
         "seconds": round(memory.seconds, 1),
+        "waiting_seconds": round(memory.waiting_seconds, 1),
         "peak_memory_mb": progress.peak_memory_mb(),
     }
     run.write_json(f"stages/{name}/done.json", summary)
@@ -294,7 +311,7 @@ class _Loop:
         self._key = jax.random.fold_in(jax.random.key(settings.config.seed), self._number + 1)
         self._resplits = index.resplit_seed is not None
         self._validates = self._resplits or bool(usable_entries(index, records, "validation"))
-        self._stream = self._clips(start_step)
+        self._stream = divided_ahead(self._clips(start_step), settings.mesh)
         self._clock = time.monotonic()
 
     def _trained_on(self, epoch: int) -> list[ClipEntry]:
@@ -322,9 +339,10 @@ class _Loop:
             batch_size=self._settings.config.batch_size,
             train=True,
             seed=self._settings.config.seed * 1000 + self._number,
-            random_crop=self._settings.inputs.random_crop,
+            random_crop=self._settings.augment.moves,
             start_step=start,
             stop_step=stop,
+            part=part_of_batch(self._settings.mesh.devices, jax.process_index()),
         )
 
     def finished(self, memory: StageProgress) -> str:
@@ -343,15 +361,16 @@ class _Loop:
         with progress.bar(
             total=self._per_epoch, initial=first, description=title, unit="step"
         ) as bar:
-            for batch in itertools.islice(self._stream, self._per_epoch - first):
+            for batch, divided in self._timed(self._per_epoch - first, memory):
                 step = int(state.step)
                 state, loss = train_step(
                     state,
-                    divide(batch, self._settings.mesh),
+                    divided,
                     self._key,
                     np.float32(self._rate(step)),
                     model=self._model,
                     inputs=self._settings.inputs,
+                    augment=self._settings.augment,
                     optimizer=self._settings.optimizer,
                     mesh=self._settings.mesh,
                 )
@@ -365,6 +384,14 @@ class _Loop:
                     if self._stop:
                         raise Interrupted(self._stop[0])
         return self._end_epoch(state, memory)
+
+    def _timed(self, steps: int, memory: StageProgress) -> Iterator[tuple[Batch, Batch]]:
+        """The next batches; the time until each is there counts as waiting."""
+        for _ in range(steps):
+            began = time.monotonic()
+            batch = next(self._stream)
+            memory.waiting_seconds += time.monotonic() - began
+            yield batch
 
     def _check_finite(self, loss: float, step: int, batch: Batch) -> None:
         if np.isfinite(loss):
@@ -403,12 +430,16 @@ class _Loop:
         if improved:
             self._best.save(step, state.params, {"epoch": memory.epoch, "stamp": self._stamp})
         self._tick(memory)
-        seconds = {"seconds": round(memory.seconds, 1)}
+        seconds = {
+            "seconds": round(memory.seconds, 1),
+            "waiting_seconds": round(memory.waiting_seconds, 1),
+        }
         _append_lines(self._run.workdir / "metrics.jsonl", [json.dumps(r | seconds) for r in rows])
         progress.say(
             f"{self._name} epoch {memory.epoch}: "
             + ", ".join(f"{r['kind']} loss {r['loss']:.3f} top-1 {r['top1']:.1%}" for r in rows)
             + (" (best)" if improved and self._validates else "")
+            + f", {memory.waiting_seconds / memory.seconds:.1%} of the time waiting for clips"
         )
         self._save(state, memory)
         if self._stop:

@@ -157,9 +157,8 @@ def tiny_config(tiny_videos, tiny_model_config) -> ConfigDict:
         flow_bound=4.0, min_truncated_frames=8, timeout=60.0, workers=2,
     )  # fmt: skip
     config.sampling.update(num_frames=8, frame_stride=(1, 3))
-    config.inputs.update(
-        crop_size=32, rgb_preprocess="minus1_1", flow_scale=1 / 32, random_crop=True, flip=False
-    )
+    config.inputs.update(crop_size=32, rgb_preprocess="minus1_1", flow_scale=1 / 32)
+    config.augment.update(crop="random", flip=False)
     with config.unlocked():
         config.model = ConfigDict(tiny_model_config)
     config.model.norm = "group"

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 # The walk: a module imports only modules that come before it.
 WALK = (
     "host progress archives index protocols layouts demo video flow datasets prepare records "
-    "inputs pipeline convolution vgg streams fusion recurrent model metrics optim parallel "
+    "augment inputs pipeline convolution vgg streams fusion recurrent model metrics optim parallel "
     "checkpoint run evaluate train cost predict report main"
 ).split()
 MODULES = {path.stem: path for path in (ROOT / "stf_jax").glob("*.py") if path.stem != "__init__"}

@@ -115,6 +115,8 @@ def test_a_run_killed_three_times_ends_as_one_that_was_not(place, killed):
     for stage, twin in zip(one["stages"], other["stages"], strict=True):
         for measured in ("seconds", "peak_memory_mb"):
             assert stage.pop(measured) > 0 and twin.pop(measured) > 0
+        for timed in (stage, twin):
+            assert 0 <= timed.pop("waiting_seconds")
         assert stage == twin
     scores = [(place / w / "scores.csv").read_bytes() for w in ("killed", "whole")]
     assert scores[0] == scores[1]

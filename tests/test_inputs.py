@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from configs import ucf101
+from stf_jax.augment import AugmentSettings, mirror_flow
 from stf_jax.flow import dequantise, flow_to_colour, quantise, to_grey
 from stf_jax.inputs import (
     STILL_FLOW,
     Batch,
     InputSettings,
     flow_to_pixels,
-    mirror_flow,
     network_input,
     read_flow,
 )
@@ -20,15 +20,19 @@ from stf_jax.run import Settings
 
 SETTINGS = InputSettings(
     crop_size=16, rgb_preprocess="caffe", flow_channels="uv", flow_mean="const128", flow_scale=1.0,
-    random_crop=False, flip=False,
 )  # fmt: skip
+PLAIN = AugmentSettings(
+    crop="centre", scales=(), area=(0.08, 1.0), aspect=(0.75, 4 / 3), flip=False, brightness=0.0,
+    contrast=0.0, saturation=0.0, hue=0.0, mixup=0.0,
+)  # fmt: skip
+FLIP = dataclasses.replace(PLAIN, flip=True)
 
 
 def _batch(size=16, count=1, seed=0):
     rng = np.random.default_rng(seed)
     return Batch(
         rgb=jnp.asarray(rng.integers(0, 256, (count, 3, size, size, 3), np.uint8)),
-        flow=jnp.asarray(rng.integers(0, 256, (count, 3, size, size, 8), np.uint8)),
+        flow=jnp.asarray(rng.integers(0, 256, (count, 3, 8, size, size), np.uint8)),
         label=jnp.zeros(count, jnp.int32),
         mask=jnp.ones(count, bool),
         entry=jnp.arange(count, dtype=jnp.int32),
@@ -36,38 +40,44 @@ def _batch(size=16, count=1, seed=0):
     )
 
 
+def _channels_last(flow):
+    return np.moveaxis(np.asarray(flow), 2, -1)
+
+
 def test_pure_red_lands_in_the_last_channel():
     red = np.zeros((1, 3, 16, 16, 3), np.uint8)
     red[..., 0] = 255
-    rgb, _ = network_input(_batch()._replace(rgb=jnp.asarray(red)), SETTINGS, train=False)
+    rgb, _ = network_input(_batch()._replace(rgb=jnp.asarray(red)), SETTINGS, augment=None)
     np.testing.assert_allclose(rgb[0, 0, 0, 0], [-103.939, -116.779, 255 - 123.68], rtol=1e-6)
 
 
 @pytest.mark.parametrize(("mode", "low", "high"), [("zero_one", 0, 1), ("minus1_1", -1, 1)])
 def test_scaled_colours(mode, low, high):
     batch = _batch()
-    rgb, _ = network_input(batch, dataclasses.replace(SETTINGS, rgb_preprocess=mode), train=False)
+    rgb, _ = network_input(batch, dataclasses.replace(SETTINGS, rgb_preprocess=mode), augment=None)
     expected = low + (high - low) * np.asarray(batch.rgb, np.float64) / 255
     np.testing.assert_allclose(rgb, expected, atol=1e-6)
 
 
 def test_flow_is_centred_and_scaled():
-    batch = _batch()._replace(flow=jnp.full((1, 3, 16, 16, 8), 192, jnp.uint8))
-    _, flow = network_input(batch, dataclasses.replace(SETTINGS, flow_scale=0.25), train=False)
+    batch = _batch()._replace(flow=jnp.full((1, 3, 8, 16, 16), 192, jnp.uint8))
+    _, flow = network_input(batch, dataclasses.replace(SETTINGS, flow_scale=0.25), augment=None)
     np.testing.assert_array_equal(flow, 16.0)
 
 
 def test_evaluation_crops_the_centre():
     batch = _batch(size=22)
-    _, flow = network_input(batch, SETTINGS, train=False)
-    np.testing.assert_array_equal(flow, np.asarray(batch.flow, float)[:, :, 3:19, 3:19] - 128)
+    _, flow = network_input(batch, SETTINGS, augment=None)
+    np.testing.assert_array_equal(
+        flow, _channels_last(batch.flow).astype(float)[:, :, 3:19, 3:19] - 128
+    )
 
 
 def test_training_without_augmentation_equals_evaluation():
     batch = _batch(size=22)
     for a, b in zip(
-        network_input(batch, SETTINGS, train=True),
-        network_input(batch, SETTINGS, train=False),
+        network_input(batch, SETTINGS, PLAIN),
+        network_input(batch, SETTINGS, augment=None),
         strict=True,
     ):
         np.testing.assert_array_equal(a, b)
@@ -80,20 +90,20 @@ def test_random_crop_takes_the_same_window_of_both_streams_and_every_window():
     count = 200
     batch = _batch(size=size, count=count)
     rgb = np.stack([rows, columns, rows], -1)[None, None].repeat(count, 0).repeat(3, 1)
-    flow = np.stack([rows, columns] * 4, -1)[None, None].repeat(count, 0).repeat(3, 1)
+    flow = np.stack([rows, columns] * 4)[None, None].repeat(count, 0).repeat(3, 1)
     batch = batch._replace(rgb=jnp.asarray(rgb), flow=jnp.asarray(flow))
-    settings = dataclasses.replace(SETTINGS, random_crop=True, rgb_preprocess="zero_one")
-    colours, fields = network_input(batch, settings, train=True)
+    settings = dataclasses.replace(SETTINGS, rgb_preprocess="zero_one")
+    colours, fields = network_input(batch, settings, dataclasses.replace(PLAIN, crop="random"))
     np.testing.assert_allclose(colours[..., :2] * 255, fields[..., :2] + 128, atol=1e-3)
     corners = {tuple(corner) for corner in np.asarray(fields[:, 0, 0, 0, :2] + 128).astype(int)}
     assert corners == {(i, j) for i in range(room) for j in range(room)}
 
 
 def test_flip_mirrors_both_and_negates_u_only():
-    settings = dataclasses.replace(SETTINGS, flip=True, rgb_preprocess="zero_one")
+    settings = dataclasses.replace(SETTINGS, rgb_preprocess="zero_one")
     batch = _batch(count=64)
-    rgb, flow = network_input(batch, settings, train=True)
-    plain_rgb, plain_flow = network_input(batch, settings, train=False)
+    rgb, flow = network_input(batch, settings, FLIP)
+    plain_rgb, plain_flow = network_input(batch, settings, augment=None)
     flipped = 0
     for i in range(64):
         if np.array_equal(rgb[i], plain_rgb[i]):
@@ -115,13 +125,13 @@ def test_mirrored_flow_is_the_flow_of_the_mirrored_motion():
 
 
 def test_augmentation_depends_on_the_sample_not_on_its_place():
-    settings = dataclasses.replace(SETTINGS, random_crop=True, flip=True)
+    settings = dataclasses.replace(FLIP, crop="random")
     batch = _batch(size=22, count=6)
     order = jnp.array([3, 1, 5, 0, 2, 4])
     shuffled = jax.tree.map(lambda x: x[order], batch)
     for a, b in zip(
-        network_input(batch, settings, train=True),
-        network_input(shuffled, settings, train=True),
+        network_input(batch, SETTINGS, settings),
+        network_input(shuffled, SETTINGS, settings),
         strict=True,
     ):
         np.testing.assert_array_equal(a[order], b)
@@ -129,7 +139,7 @@ def test_augmentation_depends_on_the_sample_not_on_its_place():
 
 def test_a_crop_larger_than_the_records_is_refused():
     with pytest.raises(ValueError, match="crop_size is 32"):
-        network_input(_batch(), dataclasses.replace(SETTINGS, crop_size=32), train=False)
+        network_input(_batch(), dataclasses.replace(SETTINGS, crop_size=32), augment=None)
 
 
 @pytest.mark.parametrize(
@@ -187,8 +197,8 @@ def test_gray_is_the_grey_of_the_colour_picture():
 @pytest.mark.parametrize("mean", ["const128", "per_field"])
 def test_a_still_video_is_zero(reading, mean):
     settings = dataclasses.replace(SETTINGS, flow_channels=reading, flow_mean=mean)
-    batch = _batch()._replace(flow=jnp.full((1, 3, 16, 16, 8), 128, jnp.uint8))
-    _, flow = network_input(batch, settings, train=False)
+    batch = _batch()._replace(flow=jnp.full((1, 3, 8, 16, 16), 128, jnp.uint8))
+    _, flow = network_input(batch, settings, augment=None)
     np.testing.assert_array_equal(flow, 0)
 
 
@@ -207,10 +217,11 @@ def test_a_flipped_clip_moves_the_other_way(reading):
     """Flipped means mirrored before it is read: the colour of -u, not a mirrored colour."""
     settings = dataclasses.replace(SETTINGS, flow_channels=reading)
     batch = _batch(count=12)
-    plain = np.asarray(network_input(batch, settings, train=False)[1])
-    trained = network_input(batch, dataclasses.replace(settings, flip=True), train=True)[1]
-    back = jnp.stack([mirror_flow(clip) for clip in batch.flow])
-    opposite = np.asarray(network_input(batch._replace(flow=back), settings, train=False)[1])
+    plain = np.asarray(network_input(batch, settings, augment=None)[1])
+    trained = network_input(batch, settings, FLIP)[1]
+    back = jnp.stack([mirror_flow(jnp.asarray(clip)) for clip in _channels_last(batch.flow)])
+    back = jnp.moveaxis(back, -1, 2)
+    opposite = np.asarray(network_input(batch._replace(flow=back), settings, augment=None)[1])
     flipped = [not np.array_equal(a, b) for a, b in zip(trained, plain, strict=True)]
     assert 0 < sum(flipped) < 12
     for i in range(12):
@@ -223,20 +234,22 @@ def test_a_flipped_clip_moves_the_other_way(reading):
 
 @pytest.mark.parametrize("reading", ["mag", "gray"])
 def test_a_still_clip_stays_still_when_flipped(reading):
-    settings = dataclasses.replace(SETTINGS, flow_channels=reading, flip=True)
-    still = jnp.full((12, 3, 16, 16, 8), 128, jnp.uint8)
-    _, flow = network_input(_batch(count=12)._replace(flow=still), settings, train=True)
+    settings = dataclasses.replace(SETTINGS, flow_channels=reading)
+    still = jnp.full((12, 3, 8, 16, 16), 128, jnp.uint8)
+    _, flow = network_input(_batch(count=12)._replace(flow=still), settings, FLIP)
     np.testing.assert_array_equal(flow, 0)
 
 
 def test_means_of_the_flow():
     batch = _batch(size=20)
-    bytes_ = np.asarray(batch.flow, np.float64)[:, :, 2:18, 2:18]
+    bytes_ = _channels_last(batch.flow).astype(np.float64)[:, :, 2:18, 2:18]
     per_field = dataclasses.replace(SETTINGS, flow_mean="per_field", flow_scale=0.5)
     expected = (bytes_ - bytes_.mean(axis=(2, 3), keepdims=True)) / 2
-    np.testing.assert_allclose(network_input(batch, per_field, train=False)[1], expected, atol=1e-4)
+    np.testing.assert_allclose(
+        network_input(batch, per_field, augment=None)[1], expected, atol=1e-4
+    )
     none = dataclasses.replace(SETTINGS, flow_mean="none")
-    np.testing.assert_array_equal(network_input(batch, none, train=False)[1], bytes_)
+    np.testing.assert_array_equal(network_input(batch, none, augment=None)[1], bytes_)
 
 
 @pytest.mark.parametrize("reading", STILL_FLOW)
@@ -246,7 +259,7 @@ def test_channels_say_what_the_network_gets(reading):
     settings = Settings.of(config)
     rgb_shape, flow_shape = settings.clip_shapes(1)
     batch = _batch(size=64)
-    rgb, flow = network_input(batch, settings.inputs, train=False)
+    rgb, flow = network_input(batch, settings.inputs, augment=None)
     assert rgb.shape[2:] == rgb_shape[2:] and flow.shape[2:] == flow_shape[2:]
     assert flow.shape[-1] == (8 if reading == "uv" else 4)  # L = 4
     # The first layer of the network is that wide: 8 filters of 3 x 3.

@@ -4,19 +4,29 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from stf_jax.parallel import check_batch, make_mesh, shardings
+from stf_jax.parallel import (
+    check_batch,
+    divided_ahead,
+    gather,
+    make_mesh,
+    part_of_batch,
+    shardings,
+)
 
 # Runs in a process of its own: the number of devices is fixed when JAX starts.
 SCRIPT = """
 import json, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh
+from stf_jax.augment import AugmentSettings
 from stf_jax.inputs import Batch, InputSettings
 from stf_jax.evaluate import score_batch
 from stf_jax.model import build_model
@@ -30,13 +40,14 @@ chance = np.random.default_rng(0)
 clip = (8, 8, 32, 32)
 batch = Batch(
     rgb=chance.integers(0, 256, (*clip, 3), np.uint8),
-    flow=chance.integers(0, 256, (*clip, 4), np.uint8),
+    flow=chance.integers(0, 256, (*clip[:2], 4, *clip[2:]), np.uint8),
     label=chance.integers(0, 5, 8).astype(np.int32),
     mask=np.array([True] * 7 + [False]),
     entry=np.arange(8, dtype=np.int32),
     seed=np.zeros((8, 2), np.uint32),
 )
-inputs = InputSettings(32, "minus1_1", "uv", "const128", 1 / 32, False, False)
+inputs = InputSettings(32, "minus1_1", "uv", "const128", 1 / 32)
+augment = AugmentSettings("centre", (), (0.1, 1.0), (0.5, 2.0), False, 0.0, 0.0, 0.0, 0.0, 0.3)
 optimizer = OptimizerSettings("sgdm", 0.0, 5.0, ())
 zeros = jnp.zeros((1, 8, 32, 32, 3)), jnp.zeros((1, 8, 32, 32, 4))
 params = jax.jit(lambda key: model.init(key, *zeros, train=False)["params"])(jax.random.key(0))
@@ -48,7 +59,7 @@ for name, mesh in {
     "model": make_mesh(2),
 }.items():
     state = place(initial_state(params, optimizer), mesh)
-    static = dict(model=model, inputs=inputs, optimizer=optimizer, mesh=mesh)
+    static = dict(model=model, inputs=inputs, augment=augment, optimizer=optimizer, mesh=mesh)
     call = (state, divide(batch, mesh), jax.random.key(1), np.float32(0.1))
     step = train_step.lower(*call, **static).compile()
     text = step.as_text()
@@ -118,6 +129,46 @@ def test_impossible_divisions_are_named():
     check_batch(16, eight)
     with pytest.raises(ValueError, match=r"batch_size: got 12, allowed: multiples of the 8"):
         check_batch(12, eight)
+
+
+def _devices_of(processes):
+    """What a mesh holds, 'data' down and 'model' across, in these processes."""
+    return np.array([[SimpleNamespace(process_index=p) for p in row] for row in processes])
+
+
+@pytest.mark.parametrize(
+    ("processes", "parts"),
+    [
+        ([[0]], {0: (0, 1)}),
+        ([[0], [0], [1], [1]], {0: (0, 2), 1: (1, 2)}),
+        ([[0, 0], [1, 1], [2, 2], [3, 3]], {0: (0, 4), 3: (3, 4)}),
+        # 'model' spans two processes: both work on the same clips.
+        ([[0, 1], [2, 3]], {0: (0, 2), 1: (0, 2), 2: (1, 2), 3: (1, 2)}),
+    ],
+)
+def test_each_process_reads_what_its_devices_work_on(processes, parts):
+    for process, part in parts.items():
+        assert part_of_batch(_devices_of(processes), process) == part
+
+
+def test_processes_that_lie_scattered_are_refused():
+    with pytest.raises(ValueError, match=r"process 0 has places \[0, 2\] of 4 on the axis 'data'"):
+        part_of_batch(_devices_of([[0], [1], [0], [1]]), 0)
+
+
+def test_batches_are_divided_one_ahead_and_gathered_whole():
+    read = []
+
+    def stream():
+        for number in range(3):
+            read.append(number)
+            yield {"rows": np.full(2, number)}
+
+    for number, (batch, divided) in enumerate(divided_ahead(stream(), make_mesh())):
+        assert read == list(range(min(3, number + 2)))
+        whole = gather(divided)
+        assert isinstance(whole["rows"], np.ndarray)
+        assert whole["rows"].tolist() == batch["rows"].tolist() == [number] * 2
 
 
 def test_only_the_input_matrices_are_divided():

@@ -1,13 +1,14 @@
 import dataclasses
 import itertools
 from collections import Counter
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from stf_jax import prepare
+from stf_jax import pipeline, prepare
 from stf_jax.datasets import ClipEntry, VideoIndex
 from stf_jax.flow import dequantise, make_flow, quantise, to_grey
 from stf_jax.pipeline import (
@@ -19,6 +20,7 @@ from stf_jax.pipeline import (
     evaluation_indices,
     flow_indices,
     frame_indices,
+    sample_seed,
     steps_per_epoch,
 )
 from stf_jax.predict import clip_of
@@ -293,6 +295,91 @@ def test_starting_anywhere_equals_never_stopping(tiny_records):
         assert all(_same(a, b) for a, b in zip(whole[start:], rest, strict=True))
 
 
+class _Counted:
+    """Gives every position the bytes of one video; remembers what was read."""
+
+    def __init__(self, example):
+        self._example, self.reads = example, []
+
+    def __getitem__(self, position):
+        self.reads.append(position)
+        return self._example
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_resuming_deep_in_a_long_training_reads_nothing_before_it(tiny_records, train):
+    """UCF101's 9,537 training clips, step 700 of 1,193 of epoch 1,000: the clips of the plan."""
+    count, size, epoch, step = 9537, 8, 1000, 700
+    entries = [ClipEntry(f"a/{number}.avi", number % 5, "g", "train") for number in range(count)]
+    records = tiny_records[1]
+    row, counted = next(iter(records.rows.values())), _Counted(records.read(0))
+    large = dataclasses.replace(
+        records,
+        rows={e.video_id: dataclasses.replace(row, record=k) for k, e in enumerate(entries)},
+        _source=SimpleNamespace(data_source=counted),
+    )
+    start = (epoch if train else 0) * steps_per_epoch(count, size) + step
+    stream = batches(
+        large, entries, SHORT, batch_size=size, train=train, seed=3,
+        start_step=start, stop_step=start + 2,
+    )  # fmt: skip
+    found = list(stream)
+    order = epoch_order(count, 3, epoch) if train else np.arange(count)
+    expected = order[step * size : (step + 2) * size]
+    assert np.concatenate([batch.entry for batch in found]).tolist() == expected.tolist()
+    assert sorted(counted.reads) == sorted(expected.tolist())
+    for batch in found:
+        assert batch.label.tolist() == [number % 5 for number in batch.entry]
+        for seed, number in zip(batch.seed, batch.entry, strict=True):
+            own = sample_seed(3, epoch if train else 0, f"a/{number}.avi")
+            np.testing.assert_array_equal(seed, own)
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("parts", [2, 3])
+def test_the_parts_of_the_processes_are_the_batch(tiny_records, train, parts):
+    """In order, also where the last batch is filled up and where a training is taken up again."""
+    steps = steps_per_epoch(len(tiny_records[0].entries), 6)
+    arguments = {"batch_size": 6, "train": train, "start_step": 1, "stop_step": 2 * steps}
+    whole = _stream(tiny_records, **arguments)
+    assert len(whole) == 2 * steps - 1 and not all(batch.mask.all() for batch in whole)
+    shares = [_stream(tiny_records, part=(i, parts), **arguments) for i in range(parts)]
+    for batch, *rows in zip(whole, *shares, strict=True):
+        assert {len(part.mask) for part in rows} == {6 // parts}
+        assert _same(batch, [np.concatenate(arrays) for arrays in zip(*rows, strict=True)])
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused(tiny_records):
+    for part in ((0, 2), (3, 3), (-1, 3)):
+        with pytest.raises(ValueError, match=f"part {part[0]} of {part[1]} .*batch_size is 3"):
+            _stream(tiny_records, part=part)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 4])
+def test_only_what_a_clip_needs_is_decoded(tiny_records, monkeypatch, stride):
+    """Counted as it happens: each frame and each field once, however many windows show it."""
+    decoded = Counter()
+    decode = pipeline._jpeg
+
+    def counting(data, channels):
+        def count(*_):
+            decoded[channels] += 1
+            return np.int32(0)
+
+        with tf.control_dependencies([tf.numpy_function(count, [data], tf.int32)]):
+            return decode(tf.identity(data), channels)
+
+    monkeypatch.setattr(pipeline, "_jpeg", counting)
+    index, records = tiny_records
+    # 21 frames or more: room for 6 frames at a stride of 4.
+    longest = max(index.entries, key=lambda entry: records.rows[entry.video_id].num_frames)
+    sampling = dataclasses.replace(SHORT, num_frames=6, frame_stride=(stride, stride))
+    (_,) = batches(records, [longest], sampling, batch_size=1, train=True)
+    # Windows of 4 fields: 6 of them apart, or overlapping; clamped ones repeat fields.
+    fields = {1: 9, 2: 14, 4: 24}[stride]
+    assert decoded[3] == 6 and fields - 4 <= decoded[1] <= fields
+
+
 def test_labels_belong_to_their_videos(tiny_records):
     index, _ = tiny_records
     for batch in _stream(tiny_records):
@@ -326,8 +413,8 @@ def test_clip_holds_the_frames_and_fields_of_the_video(tiny_records):
         for offset in range(4):
             k = min(max(c - 2 + offset, 0), total - 2)
             field = tf.io.decode_jpeg(example["flow"][k], dct_method="INTEGER_ACCURATE").numpy()
-            np.testing.assert_array_equal(batch.flow[0, t, ..., 2 * offset], field[:size, :, 0])
-            np.testing.assert_array_equal(batch.flow[0, t, ..., 2 * offset + 1], field[size:, :, 0])
+            np.testing.assert_array_equal(batch.flow[0, t, 2 * offset], field[:size, :, 0])
+            np.testing.assert_array_equal(batch.flow[0, t, 2 * offset + 1], field[size:, :, 0])
 
 
 def test_prediction_reads_the_evaluations_clip(tiny_records):
@@ -367,7 +454,7 @@ def test_flow_between_the_frames_of_a_clip(tiny_records, algorithm):
     frames = _moving(stored, 8, 2)
     unread = (b"",) * 7  # no stored field is touched
     clip = clip_of(frames, unread, between, stored)  # frames 0, 2, 4, 6
-    moved = dequantise(clip.flow[0, :, 16:-16, 16:-16], 10.0).mean(axis=(1, 2))
+    moved = dequantise(clip.flow[0, ..., 16:-16, 16:-16], 10.0).mean(axis=(2, 3))
     np.testing.assert_allclose(moved, np.tile([4.0, 2.0], (4, 4)), atol=0.4)
 
 
@@ -389,7 +476,7 @@ def test_the_window_of_a_clip_of_its_own(tiny_records):
     for k, window in enumerate(
         [[0, 0, 0, 1], [0, 0, 1, 2], [0, 1, 2, 3], [1, 2, 3, 4], [2, 3, 4, 4], [3, 4, 4, 4]]
     ):
-        expected = np.concatenate([fields[j] for j in window], axis=-1)
+        expected = np.concatenate([fields[j] for j in window], axis=-1).transpose(2, 0, 1)
         np.testing.assert_array_equal(flow[k], expected)
 
 
@@ -438,7 +525,8 @@ def test_a_square_is_cut_from_along_the_longer_side(tiny_records, sides):
     corners = Counter()
     for seed in [None, *map(tf.constant, seeds)]:
         rgb, flow = (x.numpy().astype(int) for x in square(seed))
-        assert rgb.shape == (3, 40, 40, 3) and flow.shape == (3, 40, 40, 8)
+        assert rgb.shape == (3, 40, 40, 3) and flow.shape == (3, 8, 40, 40)
+        flow = flow.transpose(0, 2, 3, 1)
         # Colours and all fields show the same place.
         top, left = (round(float(flow[0, 0, :, 0].mean())), round(float(flow[0, :, 0, 1].mean())))
         for fields in np.split(flow, 4, axis=-1):

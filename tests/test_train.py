@@ -10,9 +10,10 @@ import pytest
 
 from configs import ucf101
 from stf_jax import train
+from stf_jax.augment import mixup_shares
 from stf_jax.datasets import load_index
 from stf_jax.evaluate import score_batch
-from stf_jax.inputs import Batch
+from stf_jax.inputs import Batch, network_input
 from stf_jax.parallel import place
 from stf_jax.pipeline import batches
 from stf_jax.records import prepare_records
@@ -50,6 +51,7 @@ def _step(settings, state, batch, rate=1e-3):
         np.float32(rate),
         model=settings.model(2),
         inputs=settings.inputs,
+        augment=settings.augment,
         optimizer=settings.optimizer,
         mesh=settings.mesh,
     )
@@ -129,6 +131,32 @@ def test_a_rate_of_zero_changes_nothing_and_rates_scale_updates(parts):
     np.testing.assert_allclose(two, 2 * one, rtol=1e-2, atol=2e-7)
 
 
+def test_a_mixtures_loss_is_the_mixture_of_its_losses(parts):
+    """The step's loss by hand: mixed clips, scored against both labels, filler rows alone."""
+    settings = parts[1]
+    plain = dataclasses.replace(settings.augment, crop="centre")
+    mixed = dataclasses.replace(plain, mixup=1.0)
+    config = settings.config.as_configdict().copy_and_resolve_references()
+    config.model.drop.update(input=0.0, output=0.0)
+    settings = dataclasses.replace(Settings.of(config), augment=mixed)
+    batch = _batch(parts)._replace(label=np.array([0, 1, 1, 0], np.int32))
+    batch = batch._replace(mask=np.array([True, True, True, False]))
+    rgb, flow = network_input(jax.tree.map(jnp.asarray, batch), settings.inputs, plain)
+    share = np.asarray(mixup_shares(jnp.asarray(batch.seed), jnp.asarray(batch.mask), 1.0))
+    assert (share[:2] < 1).all() and share[2] == 1
+    own = share.reshape(4, 1, 1, 1, 1)
+    clips = [own * x + (1 - own) * np.roll(x, -1, axis=0) for x in (rgb, flow)]
+    params = _state(settings).params
+    logits, _ = settings.model(2).apply({"params": params}, *clips, train=False)
+    losses = -jax.nn.log_softmax(logits)
+    first, second = losses[np.arange(4), batch.label], losses[np.arange(4), [1, 1, 0, 0]]
+    expected = float((share * first + (1 - share) * second)[:3].mean())
+    loss = float(_step(settings, _state(settings), batch)[1])
+    assert loss == pytest.approx(expected, rel=1e-4)
+    unmixed = dataclasses.replace(settings, augment=plain)
+    assert abs(float(_step(unmixed, _state(settings), batch)[1]) - loss) > 1e-3
+
+
 def test_stages_hand_over_weights_and_nothing_else(parts):
     run, settings, index, records = parts
     train_stage(run, settings, "first", index, records)
@@ -157,8 +185,10 @@ def _final(run, name, settings):
         last.close()
 
 
-@pytest.mark.parametrize("asked", [True, False])
-def test_the_stream_moves_the_square_if_crops_are_random(parts, monkeypatch, asked):
+@pytest.mark.parametrize(
+    ("crop", "asked"), [("random", True), ("corners", True), ("centre", False)]
+)
+def test_the_stream_moves_the_square_if_crops_move(parts, monkeypatch, crop, asked):
     run, settings, index, records = parts
 
     class Seen(Exception):
@@ -169,7 +199,7 @@ def test_the_stream_moves_the_square_if_crops_are_random(parts, monkeypatch, ask
 
     monkeypatch.setattr(train, "batches", stream)
     settings = dataclasses.replace(
-        settings, inputs=dataclasses.replace(settings.inputs, random_crop=asked)
+        settings, augment=dataclasses.replace(settings.augment, crop=crop)
     )
     with pytest.raises(Seen, match=str(asked)):
         train_stage(run, settings, "first", index, records)
@@ -243,14 +273,15 @@ def test_stopping_at_any_step_and_going_on_equals_never_stopping(
     step, state, memory = _final(whole, "first", settings)
     other_step, other_state, other_memory = _final(broken, "first", settings)
     assert step == other_step and _equal(state, other_state)
-    assert {**memory, "seconds": 0} == {**other_memory, "seconds": 0}
+    timeless = {"seconds": 0, "waiting_seconds": 0}
+    assert memory | timeless == other_memory | timeless
     logs = [_log(run) for run in (whole, broken)]
     assert logs[0] == logs[1] and len(logs[0]) == 2 * settings.stages["first"].max_epochs
 
 
 def _log(run):
     rows = [json.loads(line) for line in (run.workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+    return [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
 
 
 def test_a_torn_last_line_of_the_log_stays_alone(parts):
@@ -318,7 +349,7 @@ def test_the_steps_of_ucf101_can_be_built_for_a_gpu():
     shape = jax.ShapeDtypeStruct
     batch = Batch(
         rgb=shape((*clip, 3), jnp.uint8),
-        flow=shape((*clip, 8), jnp.uint8),
+        flow=shape((*clip[:2], 8, *clip[2:]), jnp.uint8),
         label=shape((size,), jnp.int32),
         mask=shape((size,), jnp.bool_),
         entry=shape((size,), jnp.int32),
@@ -328,6 +359,7 @@ def test_the_steps_of_ucf101_can_be_built_for_a_gpu():
     key = jax.eval_shape(lambda: jax.random.key(0))
     static = {"model": settings.model(101), "inputs": settings.inputs}
     training = {"optimizer": settings.optimizer, "mesh": settings.mesh}
+    training["augment"] = settings.augment
     step = jax.export.export(train_step, platforms=["cuda"])(
         state, batch, key, shape((), jnp.float32), **static, **training
     )

@@ -51,7 +51,7 @@ def planned(scale: str, work: str, remat: str, order: str) -> tuple[int, int]:
     shape = jax.ShapeDtypeStruct
     arrays: dict[str, Any] = {
         "rgb": shape((*clip, 3), jnp.uint8),
-        "flow": shape((*clip, 2 * settings.sampling.flow_frames), jnp.uint8),
+        "flow": shape((*clip[:2], 2 * settings.sampling.flow_frames, *clip[2:]), jnp.uint8),
         "label": shape((size,), jnp.int32),
         "mask": shape((size,), jnp.bool_),
         "entry": shape((size,), jnp.int32),
@@ -66,6 +66,7 @@ def planned(scale: str, work: str, remat: str, order: str) -> tuple[int, int]:
         state = abstract_state(settings, CLASSES)
         lower = functools.partial(train_step.lower, state, batch, key, shape((), jnp.float32))
         static |= {"optimizer": settings.optimizer, "mesh": settings.mesh}
+        static["augment"] = settings.augment
     options: dict[str, str | bool] = {"xla_cpu_scheduler_type": ORDERS[order]}
     memory: Any = lower(**static).compile(compiler_options=options).memory_analysis()
     return memory.temp_size_in_bytes, memory.argument_size_in_bytes

@@ -93,7 +93,7 @@ def _ours(scale: str, work: str) -> Callable[[], None]:
     clip = (size, settings.sampling.num_frames, side, side)
     arrays: dict[str, Any] = {
         "rgb": chance.integers(0, 256, (*clip, 3), np.uint8),
-        "flow": chance.integers(0, 256, (*clip, channels), np.uint8),
+        "flow": chance.integers(0, 256, (*clip[:2], channels, *clip[2:]), np.uint8),
         "label": np.zeros(size, np.int32),
         "mask": np.ones(size, bool),
         "entry": np.arange(size, dtype=np.int32),
@@ -120,6 +120,7 @@ def _ours(scale: str, work: str) -> Callable[[], None]:
             jnp.float32(1e-5),
             model=model,
             inputs=settings.inputs,
+            augment=settings.augment,
             optimizer=settings.optimizer,
             mesh=settings.mesh,
         )
