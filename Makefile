@@ -34,8 +34,9 @@ READY := $(if $(wildcard .venv/.installed*),$(firstword $(wildcard .venv/.instal
 demo: $(READY)
 	$(BIN)/python -m stf_jax.main --config=configs/demo.py --workdir=runs/demo
 
+# Two processes, however many cores: each holds JAX and TensorFlow, about 3 GB at the most.
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-beam: .venv-beam/.installed
 	.venv-beam/bin/python -m pytest tests/test_prepare_script.py tests/test_records.py

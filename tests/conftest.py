@@ -6,8 +6,11 @@ import shutil
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Many tests, and the processes they start, compile the same programs: once a session is enough.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="stf_jax_compiled_")
+# Many tests, and the processes they start, compile the same programs: once a session is enough,
+# also where its tests are divided among processes.
+_DIVIDED = "PYTEST_XDIST_WORKER" in os.environ
+if not _DIVIDED:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="stf_jax_compiled_")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "2")
 
 from pathlib import Path
@@ -28,7 +31,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 def pytest_unconfigure():
     """Removes the compiled programs of this session."""
-    shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+    if not _DIVIDED:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture
