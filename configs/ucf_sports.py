@@ -83,8 +83,18 @@ def get_config(presets: str = "") -> ConfigDict:
         "flow_channels": "uv",  # uv_half, mag, gray, u (SPEC 2.3)
         "flow_mean": "const128",  # per_field, none (SPEC 2.10)
         "flow_scale": 1.0,
-        "random_crop": False,
-        "flip": False,
+    }
+    config.augment = {  # training only; the paper has none
+        "crop": "centre",  # random, corners, resized
+        "scales": (),  # of the window, rescaled: (1.0, 0.875, 0.75, 0.66)
+        "area": (0.08, 1.0),  # of 'resized', share of the frame
+        "aspect": (0.75, 4 / 3),  # of 'resized', width over height
+        "flip": False,  # wrong where left and right are different classes
+        "brightness": 0.0,  # shares, such as 0.2
+        "contrast": 0.0,
+        "saturation": 0.0,
+        "hue": 0.0,  # of the circle, at most 0.5
+        "mixup": 0.0,  # alpha of its Beta distribution, such as 0.2
     }
     config.model = {
         "width": 64,
@@ -157,9 +167,8 @@ def _laptop(config: ConfigDict) -> None:
     config.pretrained = "none"
     config.checkpoint_every_steps = 32
     config.records.update(size=80, flow_size=160, flow_algorithm="dis", flow_bound=8.0)
-    config.inputs.update(
-        crop_size=64, rgb_preprocess="minus1_1", flow_scale=1 / 32, random_crop=True, flip=True
-    )
+    config.inputs.update(crop_size=64, rgb_preprocess="minus1_1", flow_scale=1 / 32)
+    config.augment.update(crop="random", flip=True)
     config.model.update(width=8, norm="group")
     config.model.mst.width = 64
     config.model.conv3d.width = 64

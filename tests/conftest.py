@@ -8,9 +8,11 @@ import tempfile
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Many tests, and the processes they start, compile the same programs: once a session is enough,
 # also where its tests are divided among processes.
-_DIVIDED = "PYTEST_XDIST_WORKER" in os.environ
-if not _DIVIDED:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="stf_jax_compiled_")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = (
+    os.environ["JAX_COMPILATION_CACHE_DIR"]
+    if "PYTEST_XDIST_WORKER" in os.environ
+    else tempfile.mkdtemp(prefix="stf_jax_compiled_")
+)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "2")
 
 from pathlib import Path
@@ -31,7 +33,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 def pytest_unconfigure():
     """Removes the compiled programs of this session."""
-    if not _DIVIDED:
+    if "PYTEST_XDIST_WORKER" not in os.environ:
         shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
