@@ -91,11 +91,12 @@ def table(records: dict[str, dict[str, Any]], *, generated: bool) -> str:
     return "\n".join(lines)
 
 
-def bench_table(name: str) -> str:
-    """The Markdown table of a benchmark's CSV; columns that never change go into a line below."""
+def csv_table(name: str) -> str:
+    """The Markdown table of a script's CSV; columns that never change go into a line below."""
     with open(_RESULTS / f"{name}.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    varying = [key for key in rows[0] if key == "case" or len({row[key] for row in rows}) > 1]
+    first, *_ = rows[0]
+    varying = [key for key in rows[0] if key == first or len({row[key] for row in rows}) > 1]
     fixed = ", ".join(f"{key} {rows[0][key]}" for key in rows[0] if key not in varying)
     lines = [varying, ["---"] * len(varying), *([row[key] for key in varying] for row in rows)]
     shown = "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -108,8 +109,8 @@ def update(text: str, records: dict[str, dict[str, Any]]) -> str:
         "generated": functools.partial(table, records, generated=True),
         "real": functools.partial(table, records, generated=False),
     }
-    for path in _RESULTS.glob("bench_*.csv"):
-        makers[path.stem] = functools.partial(bench_table, path.stem)
+    for path in _RESULTS.glob("*.csv"):
+        makers[path.stem] = functools.partial(csv_table, path.stem)
     for kind, make in makers.items():
         mark = f"<!-- results: {kind} -->", f"<!-- end of results: {kind} -->"
         if mark[0] not in text:
