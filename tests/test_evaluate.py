@@ -42,9 +42,19 @@ def test_every_video_counts_exactly_once(parts):
     stream = list(batches(records, entries, settings.sampling, batch_size=4, train=False))
     model = settings.model(2)
     with pytest.raises(ValueError, match="left out"):
-        evaluate(model, params, settings.inputs, stream[:-1], entries, settings.mesh)
+        evaluate(
+            model, params, settings.inputs, settings.records, stream[:-1], entries, settings.mesh
+        )
     with pytest.raises(ValueError, match="came twice"):
-        evaluate(model, params, settings.inputs, [*stream, stream[0]], entries, settings.mesh)
+        evaluate(
+            model,
+            params,
+            settings.inputs,
+            settings.records,
+            [*stream, stream[0]],
+            entries,
+            settings.mesh,
+        )
 
 
 def test_an_empty_subset_is_named(parts):

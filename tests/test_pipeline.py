@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from configs import ucf101
 from stf_jax import pipeline, prepare
 from stf_jax.datasets import ClipEntry, VideoIndex
-from stf_jax.flow import dequantise, make_flow, quantise, to_grey
+from stf_jax.flow import TvL1Settings, dequantise, make_flow, quantise, to_grey
 from stf_jax.pipeline import (
     SamplingSettings,
     batches,
@@ -497,6 +498,8 @@ def test_flow_is_not_computed_on_frames_too_small_for_it(tiny_config):
 def _small_settings(tmp_path):
     return prepare.RecordSettings(
         root=str(tmp_path / "records"), size=32, resize="squash", flow_size=32,
+        flow_source="stored",
+        tvl1=TvL1Settings(**ucf101.get_config().records.tvl1),
         flow_algorithm="dis", flow_bound=8.0, jpeg_quality=95, min_truncated_frames=4,
         max_pixels=10**6, max_frames=1000, max_seconds=60.0, timeout=60.0, workers=1,
     )  # fmt: skip

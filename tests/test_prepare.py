@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 import pytest
 
+from configs import ucf101
 from stf_jax import flow as optical_flow
 from stf_jax import prepare
 from stf_jax.prepare import (
@@ -38,7 +39,9 @@ def settings(tmp_path):
         size=32,
         resize="squash",
         flow_size=64,
+        flow_source="stored",
         flow_algorithm="dis",
+        tvl1=optical_flow.TvL1Settings(**ucf101.get_config().records.tvl1),
         flow_bound=8.0,
         jpeg_quality=95,
         min_truncated_frames=12,
@@ -273,6 +276,7 @@ def test_the_second_writer_is_told_who_the_first_is(tmp_path):
         {"size": 8},
         {"resize": "crop"},
         {"flow_algorithm": "sift"},
+        {"flow_source": "streamed"},
         {"jpeg_quality": 0},
         {"flow_bound": 0.0},
     ],
@@ -291,6 +295,9 @@ def test_only_what_changes_the_bytes_is_in_the_stamp(settings):
         {"flow_bound": 4.0},
         {"flow_algorithm": "farneback"},
         {"flow_algorithm": "dis_quick"},
+        {"flow_algorithm": "tvl1"},
+        {"flow_algorithm": "tvl1_opencv"},
+        {"flow_source": "online", "flow_size": 32},
     ):
         assert dataclasses.replace(settings, **change).stamp() != settings.stamp()
 
