@@ -195,6 +195,31 @@ def test_finished_videos_are_not_done_twice(tmp_path, settings, make_video):
     assert not list(folder.glob(".*.part"))
 
 
+def test_jax_flow_has_the_same_bytes_however_it_is_computed(
+    tmp_path, settings, make_video, monkeypatch
+):
+    one_size = dataclasses.replace(settings.tvl1, coarsest=64)  # compiled in a moment
+    settings = dataclasses.replace(settings, flow_algorithm="tvl1", tvl1=one_size, workers=2)
+    videos = {
+        f"{i}.avi": make_video(tmp_path / f"{i}.avi", frames=n) for i, n in enumerate((3, 20))
+    }
+    list(stage_videos(videos, tmp_path / "staged", settings))  # by two processes of one thread each
+    for video_id, path in videos.items():
+        staged = read_staged(staged_path(tmp_path / "staged", video_id))
+        assert len(staged.flow) == len(staged.frames) - 1 and len(set(staged.flow)) > 1
+        for pairs in (8, 3):
+            monkeypatch.setattr(optical_flow, "PAIRS_PER_CALL", pairs)
+            assert encode_video(path, settings).flow == staged.flow
+
+
+def test_records_for_online_flow_hold_frames_only(tmp_path, settings, make_video):
+    path = make_video(tmp_path / "v.avi", frames=5)
+    square = dataclasses.replace(settings, flow_size=settings.size)
+    stored = encode_video(path, square)
+    online = encode_video(path, dataclasses.replace(square, flow_source="online"))
+    assert online.frames == stored.frames and len(stored.flow) == 4 and not online.flow
+
+
 def _environment():
     """In which a script imports the package that is tested, not one that is installed."""
     return {**os.environ, "PYTHONPATH": str(Path(prepare.__file__).parents[1])}

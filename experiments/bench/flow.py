@@ -40,8 +40,8 @@ KINDS = ("translation", "rotation", "zoom", "occlusion")
 MAGNITUDES = (1.0, 3.0, 6.0, 10.0, 15.0)  # mean, px
 SEEDS = 3
 REAL_PAIRS = 24
-TIMED_PAIRS = 8
-ROUNDS = 5
+TIMED_PAIRS = 16  # whole calls of 8 for each process
+ROUNDS = 3
 PROCESSES = 2
 OTHERS = ("tvl1_opencv", "farneback", "dis")
 
