@@ -645,7 +645,7 @@ def test_the_host_computes_what_the_accelerator_does_not(tiny_records, algorithm
 
 def test_online_flow_is_the_stored_flow_but_for_the_jpegs(tmp_path, make_video):
     """Stored fields come from the frames before, online ones from those after encoding."""
-    path = make_video(tmp_path / "v.mp4", frames=6, width=64, height=64)
+    path = make_video(tmp_path / "v.mp4", frames=6, size=(64, 64), speed=2.0)
     stored = dataclasses.replace(
         _small_settings(tmp_path), size=64, flow_size=64, jpeg_quality=100, flow_bound=4.0
     )
