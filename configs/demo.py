@@ -45,7 +45,16 @@ def get_config() -> ConfigDict:
         "size": 40,
         "resize": "squash",  # short_side: keeps the aspect (SPEC 3.2)
         "flow_size": 96,  # px, the size of the videos
+        "flow_source": "stored",  # online: records hold frames only, flow is computed in training
         "flow_algorithm": "dis",
+        "tvl1": {
+            "attachment": 0.1,  # to the images, against smoothness
+            "step": 0.2,
+            "warps": 3,  # per size of the pyramid
+            "iterations": 20,  # per warp
+            "median": 5,  # px
+            "coarsest": 16,  # px
+        },
         "flow_bound": 4.0,  # px per frame, of 40
         "jpeg_quality": 95,
         "min_truncated_frames": 24,

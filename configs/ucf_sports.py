@@ -55,7 +55,16 @@ def get_config(presets: str = "") -> ConfigDict:
         "size": 224,  # px
         "resize": "squash",  # short_side: keeps the aspect (SPEC 3.2)
         "flow_size": 224,  # px, where flow is computed
-        "flow_algorithm": "tvl1",  # dis, farneback: 70 and 40 times faster (FAULTS: measured)
+        "flow_source": "stored",  # online: records hold frames only, flow is computed in training
+        "flow_algorithm": "tvl1",  # dis, farneback: faster; tvl1_opencv: OpenCV's own TV-L1
+        "tvl1": {
+            "attachment": 0.1,  # to the images, against smoothness
+            "step": 0.2,
+            "warps": 3,  # per size of the pyramid
+            "iterations": 20,  # per warp
+            "median": 5,  # px
+            "coarsest": 16,  # px
+        },
         "flow_bound": 20.0,  # px per frame
         "jpeg_quality": 95,
         "min_truncated_frames": 24,

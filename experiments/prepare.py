@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
 
     code = 0
     try:
-        settings = RecordSettings(**_CONFIG.value.records)
+        settings = RecordSettings.of(_CONFIG.value.records)
         index = load_index(_CONFIG.value.data)
         say(index.summary())
         from stf_jax.records import prepare_records, verify_records

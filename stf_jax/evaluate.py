@@ -18,11 +18,12 @@ from stf_jax import prepare, progress
 from stf_jax.checkpoint import Params
 from stf_jax.datasets import load_index
 from stf_jax.index import ClipEntry, VideoIndex
-from stf_jax.inputs import Batch, InputSettings, flow_to_pixels, network_input
+from stf_jax.inputs import Batch, InputSettings, compute_flow, flow_to_pixels, network_input
 from stf_jax.metrics import Figures, summarise
 from stf_jax.model import Network, fold_pyramid
 from stf_jax.parallel import COMPILER_OPTIONS, divided_ahead, gather, part_of_batch, place
 from stf_jax.pipeline import batches, steps_per_epoch
+from stf_jax.prepare import RecordSettings
 from stf_jax.records import Records, prepare_records
 from stf_jax.run import (
     Run,
@@ -67,6 +68,7 @@ def evaluate(
     model: Network,
     params: Params,
     inputs: InputSettings,
+    stored: RecordSettings,
     stream: Iterable[Batch],
     entries: Sequence[ClipEntry],
     mesh: Mesh,
@@ -77,6 +79,7 @@ def evaluate(
       model: the network.
       params: its parameters.
       inputs: how clips become network input.
+      stored: how the records hold them.
       stream: batches, or this process's part of each; masked rows are left out.
       entries: what `Batch.entry` points into.
       mesh: the devices that batches are divided among.
@@ -89,6 +92,7 @@ def evaluate(
     """
     rows: dict[int, np.ndarray] = {}
     for _, batch in divided_ahead(stream, mesh):
+        batch = compute_flow(batch, stored)
         divided = score_batch(params, batch, model=model, inputs=inputs)
         scores, numbers, mask = gather((divided, batch.entry, batch.mask))
         for entry, row in zip(numbers[mask].tolist(), scores[mask], strict=True):
@@ -130,7 +134,9 @@ def evaluate_subset(
     model, params = fold_pyramid(settings.model(len(index.class_names)), params)
     params = place(params, settings.mesh)
     # An iterator: whoever looks into a bar to see what it holds takes its first batch away.
-    return evaluate(model, params, settings.inputs, iter(stream), entries, settings.mesh)
+    return evaluate(
+        model, params, settings.inputs, settings.records, iter(stream), entries, settings.mesh
+    )
 
 
 def score_run(
@@ -248,9 +254,9 @@ def write_samples(
     stream = batches(records, entries, settings.sampling, batch_size=1, train=False)
     for number, (entry, batch) in enumerate(zip(entries, stream, strict=True)):
         centre = settings.sampling.flow_frames // 2 * 2
+        fields = compute_flow(batch, settings.records).flow[0, :, centre : centre + 2]
         flow = flow_to_pixels(
-            jnp.asarray(batch.flow[0, :, centre : centre + 2].transpose(0, 2, 3, 1)),
-            settings.records.flow_bound,
+            jnp.asarray(fields.transpose(0, 2, 3, 1)), settings.records.flow_bound
         )
         np.savez_compressed(
             folder / f"{number}.npz",

@@ -4,6 +4,7 @@ A field is float32 `h w 2`: u (right) and v (down), in pixels per frame, of the 
 the first frame to the second.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -11,24 +12,81 @@ import cv2
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-FLOW_ALGORITHMS = ("dis", "dis_quick", "tvl1", "farneback")
+# 'tvl1' is `stf_jax.tvl1`; the others are OpenCV's, and so is what `make_flow` makes.
+OPENCV_ALGORITHMS = ("dis", "dis_quick", "tvl1_opencv", "farneback")
+FLOW_ALGORITHMS = ("tvl1", *OPENCV_ALGORITHMS)
 
 # What no motion is stored as; the same for every bound (SPEC 2.8).
 ZERO_FLOW = 128
 
+# Pairs whose flow is computed in one call, by algorithms that gain from it.
+PAIRS_PER_CALL = 8
+
 FlowFunction = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
+@dataclasses.dataclass(frozen=True)
+class TvL1Settings:
+    """How `stf_jax.tvl1` computes flow; part of the stamp of records that hold its fields.
+
+    Args:
+      attachment: weight of a grey level's difference against a px of the field's variation: more
+        follows the images, and their noise, more closely.
+      step: length of the primal steps, px; the dual ones are 1 / (8 step).
+      warps: linearisations at every size of the pyramid.
+      iterations: primal-dual iterations on each.
+      median: side of the median filter before each, px, odd; 1 for none.
+      coarsest: the pyramid halves the images as long as their shorter side keeps this many px.
+
+    Raises:
+      ValueError: a value that cannot work (names it).
+    """
+
+    attachment: float
+    step: float
+    warps: int
+    iterations: int
+    median: int
+    coarsest: int
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        for name, low, high in (
+            ("attachment", 1e-4, 100),
+            ("step", 1e-3, 100),
+            ("warps", 1, 100),
+            ("iterations", 1, 10_000),
+            ("median", 1, 7),
+            ("coarsest", 4, 2048),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ValueError(f"records.tvl1.{name} must be in [{low}, {high}], got {value}")
+        if self.median % 2 == 0:
+            raise ValueError(f"records.tvl1.median must be odd, got {self.median}")
+
+
+def check_algorithm(algorithm: str) -> None:
+    """Checks the name of an algorithm.
+
+    Raises:
+      ValueError: it is none of `FLOW_ALGORITHMS` (lists them).
+    """
+    if algorithm not in FLOW_ALGORITHMS:
+        known = ", ".join(FLOW_ALGORITHMS)
+        raise ValueError(f"unknown flow algorithm {algorithm!r}; choose one of: {known}")
+
+
 def make_flow(algorithm: str) -> FlowFunction:
-    """Returns the function that computes flow from two grey frames.
+    """Returns the function by which OpenCV computes flow from two grey frames.
 
     Flow of one algorithm is no stand-in for another's: a network trained on one fails on the
     other.
 
     Args:
       algorithm: 'dis' (Dense Inverse Search, medium preset: fast), 'dis_quick' (the same with fewer
-        patches and refinements: two thirds of the time), 'tvl1' (what the two-stream papers used:
-        best and slowest) or 'farneback'.
+        patches and refinements: two thirds of the time), 'tvl1_opencv' (TV-L1 with OpenCV's
+        defaults: by far the slowest) or 'farneback'.
 
     Returns:
       A function of (previous, following), both uint8 `h w`, to float32 `h w 2`: u right, v down,
@@ -36,18 +94,18 @@ def make_flow(algorithm: str) -> FlowFunction:
       threads.
 
     Raises:
-      ValueError: unknown algorithm (lists the known ones).
+      ValueError: OpenCV has no such algorithm (lists its own).
     Source: SPEC 2.1.
     """
     makers: dict[str, Callable[[], FlowFunction]] = {
         "dis": _dis,
         "dis_quick": _dis_quick,
-        "tvl1": _tvl1,
+        "tvl1_opencv": _tvl1,
         "farneback": _farneback,
     }
     if algorithm not in makers:
-        known = ", ".join(FLOW_ALGORITHMS)
-        raise ValueError(f"unknown flow algorithm {algorithm!r}; choose one of: {known}")
+        known = ", ".join(OPENCV_ALGORITHMS)
+        raise ValueError(f"OpenCV's flow has no algorithm {algorithm!r}; choose one of: {known}")
     compute = makers[algorithm]()
 
     def flow(previous: np.ndarray, following: np.ndarray) -> np.ndarray:

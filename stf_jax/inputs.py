@@ -10,7 +10,9 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Float32, Int, UInt8, UInt32
 
 from stf_jax.augment import AugmentSettings, augment_clip
-from stf_jax.flow import ZERO_FLOW, colour_wheel
+from stf_jax.flow import ZERO_FLOW, TvL1Settings, colour_wheel
+from stf_jax.prepare import RecordSettings
+from stf_jax.tvl1 import tvl1_flow
 
 # ImageNet means of the three colour channels in the order blue, green, red (SPEC 3.3).
 CAFFE_MEANS_BGR = (103.939, 116.779, 123.68)
@@ -30,8 +32,9 @@ class Batch(NamedTuple):
 
     Attributes:
       rgb: uint8 `b t h w 3`, colour frames at the stored size.
-      flow: uint8 `b t c h w`, c = 2L quantised components: u, v of field 1, u, v of field 2, ...
-        A field is a picture here, as it is stored; it becomes channels on the device.
+      flow: uint8 `b t c h w`, c = 2L quantised components: u, v of field 1, u, v of field 2, ...;
+        before `compute_flow` perhaps the two grey frames of each field in their place. A field is
+        a picture here, as it is stored; it becomes channels on the device.
       label: int32 `b`.
       mask: bool `b`, False for rows that only fill up the last batch.
       entry: int32 `b`, position of the video in the list of clips that the pipeline was given.
@@ -92,6 +95,29 @@ class InputSettings:
                 f"sampling.flow_frames must be divisible by 4, got {flow_frames}"
             )
         return 2 * flow_frames if self.flow_channels == "uv" else flow_frames
+
+
+def compute_flow(batch: Batch, stored: RecordSettings) -> Batch:
+    """Computes the flow of a batch from records without, on the devices that the batch lies on.
+
+    Returns:
+      The batch with quantised fields in `flow`; the batch itself if it has them already.
+    """
+    if stored.flow_source == "stored" or stored.flow_algorithm != "tvl1":
+        return batch
+    fields = _flow_of_pairs(batch.flow, settings=stored.tvl1, bound=stored.flow_bound)
+    return batch._replace(flow=fields)
+
+
+@functools.partial(jax.jit, static_argnames=("settings", "bound"))
+def _flow_of_pairs(
+    pairs: UInt8[Array, "b t c h w"], *, settings: TvL1Settings, bound: float
+) -> UInt8[Array, "b t c h w"]:
+    """Pairs of grey frames -> quantised u and v, as `flow.quantise` would store them."""
+    previous, following = rearrange(pairs, "b t (l two) h w -> two b (t l) h w", two=2)
+    fields = jnp.clip(tvl1_flow(previous, following, settings), -bound, bound)
+    quantised = jnp.floor(fields * (127.5 / bound) + 127.5 + 0.5).astype(jnp.uint8)
+    return rearrange(quantised, "b (t l) h w uv -> b t (l uv) h w", t=pairs.shape[1])
 
 
 def network_input(

@@ -16,7 +16,7 @@ import tensorflow as tf
 from stf_jax import flow as optical_flow
 from stf_jax.index import ClipEntry
 from stf_jax.inputs import Batch
-from stf_jax.prepare import RecordSettings
+from stf_jax.prepare import RecordSettings, flow_between
 from stf_jax.records import Records
 
 _CHOICES = {
@@ -258,14 +258,15 @@ def decode_clip(
 
     Args:
       frames: string `n`, JPEG frames of the video.
-      flow: string `n-1`, JPEG fields, u above v.
+      flow: string `n-1`, JPEG fields, u above v; of no use with `flow_source='online'`.
       wanted: int32 `t` from a sampler.
       settings: see there.
       stored: how the frames and fields were made.
       seed: int32 `2`, of where the square lies; None takes it from the centre.
 
     Returns:
-      uint8 `t h w 3` and uint8 `t 2L h w`: u, v of the first field, then of the next.
+      uint8 `t h w 3` and uint8 `t 2L h w`: u, v of the first field, then of the next; or, where
+      `inputs.compute_flow` is still to compute them, the two grey frames of each field.
     """
     total, size = tf.size(frames), stored.size
     shown = frame_indices(wanted, total)
@@ -277,9 +278,15 @@ def decode_clip(
     )
     count = settings.num_frames
     if settings.flow_step == "frame":
-        stacks = _stored_fields(flow, flow_indices(wanted, total, settings), corner, size)
+        windows = flow_indices(wanted, total, settings)
     else:
         windows = flow_indices(tf.range(count), tf.constant(count), settings)
+    if stored.flow_source == "online":
+        numbers = tf.range(total) if settings.flow_step == "frame" else shown
+        stacks = _online_fields(frames, numbers, windows, corner, stored)
+    elif settings.flow_step == "frame":
+        stacks = _stored_fields(flow, windows, corner, size)
+    else:
         stacks = tf.gather(_clip_fields(rgb, shown, stored), windows)
     # Fields stay pictures: making channels of them here would cost as much as decoding them.
     return rgb, tf.reshape(stacks, [count, 2 * settings.flow_frames, size, size])
@@ -341,19 +348,65 @@ def _clip_fields(rgb: tf.Tensor, shown: tf.Tensor, stored: RecordSettings) -> tf
       shown: int32 `t`, which frames of the video these are.
       stored: names algorithm and bound.
     """
-    compute = optical_flow.make_flow(stored.flow_algorithm)
-    optical_flow.use_one_thread()
 
     def motion(frames: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-        greys = [optical_flow.to_grey(frame) for frame in frames]
-        fields = np.zeros((len(frames) - 1, *frames.shape[1:3], 2), np.float32)
-        for k in np.flatnonzero(np.diff(numbers)):
-            fields[k] = compute(greys[k], greys[k + 1])
-        quantised = optical_flow.quantise(fields, stored.flow_bound)
-        return np.ascontiguousarray(quantised.transpose(0, 3, 1, 2))
+        greys = np.stack([optical_flow.to_grey(frame) for frame in frames])
+        return _motion(greys[:-1], greys[1:], np.diff(numbers) != 0, stored)
 
+    optical_flow.use_one_thread()
     fields = tf.numpy_function(motion, [rgb, shown], tf.uint8)
     return tf.ensure_shape(fields, [rgb.shape[0] - 1, 2, stored.size, stored.size])
+
+
+def _motion(
+    previous: np.ndarray, following: np.ndarray, moves: np.ndarray, stored: RecordSettings
+) -> np.ndarray:
+    """Quantised flow of the pairs of grey frames that move, uint8 `n 2 h w`."""
+    fields = np.zeros((*previous.shape, 2), np.float32)
+    if moves.any():
+        fields[moves] = flow_between(previous[moves], following[moves], stored)
+    quantised = optical_flow.quantise(fields, stored.flow_bound)
+    return np.ascontiguousarray(quantised.transpose(0, 3, 1, 2))
+
+
+def _online_fields(
+    frames: tf.Tensor,
+    numbers: tf.Tensor,
+    windows: tf.Tensor,
+    corner: tf.Tensor,
+    stored: RecordSettings,
+) -> tf.Tensor:
+    """What records without flow have for each field of each window, uint8 `(t l) 2 h w`.
+
+    The field itself where it is computed here; for 'tvl1', which the accelerator computes, its two
+    grey frames. No motion is a pair of the same frame.
+
+    Args:
+      frames: string `n`, JPEG frames of the video.
+      numbers: int32, the frames of the video that the fields lie between.
+      windows: int32 `t l`; field k lies between `numbers[k]` and `numbers[k + 1]`, -1 is none.
+      corner: of the square to cut.
+      stored: names algorithm and bound.
+    """
+    size = stored.size
+    needed, where = tf.unique(tf.reshape(windows, [-1]))
+    first = tf.maximum(needed, 0)
+    ends = tf.concat([first, first + tf.cast(needed >= 0, tf.int32)], 0)
+    shown, place = tf.unique(tf.gather(numbers, ends))
+    greys = tf.map_fn(
+        lambda k: _cut(_jpeg(frames[k], 1)[None], corner, size)[0, ..., 0],
+        shown,
+        fn_output_signature=tf.TensorSpec([size, size], tf.uint8),
+    )
+    previous, following = tf.split(tf.gather(greys, place), 2)
+    if stored.flow_algorithm == "tvl1":
+        pairs = tf.stack([previous, following], axis=1)
+    else:
+        optical_flow.use_one_thread()
+        moves = tf.not_equal(*tf.split(place, 2))
+        motion = functools.partial(_motion, stored=stored)
+        pairs = tf.numpy_function(motion, [previous, following, moves], tf.uint8)
+    return tf.gather(tf.ensure_shape(pairs, [None, 2, size, size]), where)
 
 
 def _jpeg(data: tf.Tensor, channels: int) -> tf.Tensor:

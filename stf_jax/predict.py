@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from stf_jax.checkpoint import Params
 from stf_jax.evaluate import score_batch
-from stf_jax.inputs import Batch
+from stf_jax.inputs import Batch, compute_flow
 from stf_jax.model import Network, fold_pyramid
 from stf_jax.pipeline import SamplingSettings, clip_indices, decode_clip
 from stf_jax.prepare import EncodedVideo, RecordSettings, encode_video
@@ -97,5 +97,6 @@ class Predictor:
         """Class probabilities of an encoded video, float32 `k`."""
         settings = self.settings
         clip = clip_of(video.frames, video.flow, settings.sampling, settings.records)
+        clip = compute_flow(clip, settings.records)
         probabilities = score_batch(self.params, clip, model=self.model, inputs=settings.inputs)
         return np.asarray(probabilities)[0]

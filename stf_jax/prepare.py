@@ -1,9 +1,9 @@
 """Video files -> encoded frames and optical flow, once, in parallel, safe against any interruption.
 
-This is the slow part of the data's walk and needs neither TensorFlow nor JAX: worker processes
-import this module only. Every video becomes one staged file, written aside and renamed, so a run
-that is killed at any moment leaves only finished videos behind and the next one does the rest.
-`stf_jax.records` packs the staged files into the shards of a tfds data set.
+This is the slow part of the data's walk. Its worker processes import this module only: no
+TensorFlow, and JAX only where flow is computed by it. Every video becomes one staged file, written
+aside and renamed, so a run that is killed at any moment leaves only finished videos behind and the
+next one does the rest. `stf_jax.records` packs the staged files into the shards of a tfds data set.
 """
 
 import csv
@@ -39,6 +39,7 @@ from stf_jax.video import Limits, VideoFault, VideoInfo, VideoReader, picture_fi
 FORMAT = 2
 
 _RESIZES = ("squash", "short_side")
+_FLOW_SOURCES = ("stored", "online")
 # The longest side that libjpeg takes, px.
 _JPEG_LIMIT = 65500
 
@@ -63,7 +64,10 @@ class RecordSettings:
         it cuts a square from along its longer side (SPEC 3.2).
       flow_size: side, or shorter side, of the frames that flow is computed on, px; the field is
         then scaled to `size` together with its values (SPEC 2.9).
+      flow_source: 'stored' computes flow now and keeps it; 'online' keeps frames only, and whoever
+        reads them computes the fields that it needs (`stf_jax.inputs.compute_flow`).
       flow_algorithm: one of `stf_jax.flow.FLOW_ALGORITHMS` (SPEC 2.1).
+      tvl1: how 'tvl1' computes it; no part of the key of other algorithms.
       flow_bound: truncation of flow in px per frame at the stored size (SPEC 2.8).
       jpeg_quality: 1 to 100, of frames and of flow (SPEC 2.11: at least 95 for flow).
       min_truncated_frames: a video that ends before its time is used only with this many frames.
@@ -81,7 +85,9 @@ class RecordSettings:
     size: int
     resize: str
     flow_size: int
+    flow_source: str
     flow_algorithm: str
+    tvl1: optical_flow.TvL1Settings
     flow_bound: float
     jpeg_quality: int
     min_truncated_frames: int
@@ -93,9 +99,10 @@ class RecordSettings:
 
     def __post_init__(self) -> None:
         """Checks what would otherwise fail in the first worker."""
-        optical_flow.make_flow(self.flow_algorithm)
-        if self.resize not in _RESIZES:
-            raise ValueError(f"records.resize: got {self.resize!r}, one of {_RESIZES}")
+        optical_flow.check_algorithm(self.flow_algorithm)
+        for name, known in (("resize", _RESIZES), ("flow_source", _FLOW_SOURCES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"records.{name}: got {getattr(self, name)!r}, one of {known}")
         for name, low, high in (
             ("size", 16, 2048),
             ("flow_size", 32, 2048),
@@ -107,13 +114,29 @@ class RecordSettings:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise ValueError(f"records.{name} must be in [{low}, {high}], got {value}")
+        if self.flow_source == "online" and self.flow_size != self.size:
+            raise ValueError(
+                "records.flow_source='online' computes flow on the stored frames: flow_size must "
+                f"be size, {self.size}, got {self.flow_size}"
+            )
+
+    @classmethod
+    def of(cls, card: Mapping[str, Any]) -> "RecordSettings":
+        """The settings of a configuration's `records`."""
+        return cls(**{**card, "tvl1": optical_flow.TvL1Settings(**card["tvl1"])})
 
     def stamp(self) -> dict[str, object]:
         """The settings that change the stored bytes, for keys, manifests and checkpoints."""
         fields = dataclasses.asdict(self)
         for name in ("root", "timeout", "workers"):
             del fields[name]
+        if self.flow_algorithm != "tvl1":
+            del fields["tvl1"]
         return {"format": FORMAT, **fields}
+
+    def num_fields(self, num_frames: int) -> int:
+        """Flow fields that are stored of a video."""
+        return num_frames - 1 if self.flow_source == "stored" else 0
 
     def limits(self) -> Limits:
         """What one video may cost."""
@@ -162,7 +185,7 @@ class EncodedVideo:
       frames: JPEG of each RGB frame, uint8 [h w 3]; h and w are `size` if squashed, and the
         smaller of them is otherwise.
       flow: JPEG of each field between consecutive frames, grey uint8 [2h w]: u above v, quantised;
-        one fewer than frames.
+        one fewer than frames, or none with `flow_source='online'`.
       times: of each frame, microseconds since the first: the frame rate may vary.
       info: what the decoder found.
     """
@@ -182,13 +205,13 @@ def encode_video(path: Path, settings: RecordSettings) -> EncodedVideo:
     Raises:
       VideoFault: the file is not a video that can be used.
     """
-    compute = optical_flow.make_flow(settings.flow_algorithm)
     stored = motion = (0, 0)
     reader = VideoReader(path, settings.limits())
-    frames, fields = [], []
-    previous: np.ndarray | None = None
+    frames: list[bytes] = []
+    fields: list[bytes] = []
+    greys: list[np.ndarray] = []  # whose fields are still to be computed
     for frame in reader:
-        if previous is None:  # The first frame speaks for all: a video has one shape.
+        if not frames:  # The first frame speaks for all: a video has one shape.
             stored = _sides(frame, settings.size, settings.resize)
             motion = _sides(frame, settings.flow_size, settings.resize)
             if max(2 * stored[0], stored[1]) > _JPEG_LIMIT:
@@ -197,15 +220,49 @@ def encode_video(path: Path, settings: RecordSettings) -> EncodedVideo:
         picture = _resize(frame, stored)
         # Turned to OpenCV's order by OpenCV: it would copy a view of reversed channels pixelwise.
         frames.append(_jpeg(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), settings.jpeg_quality))
-        grey = optical_flow.to_grey(picture if motion == stored else _resize(frame, motion))
-        if previous is not None:
-            field = compute(previous, grey)
-            if motion != stored:
-                field = optical_flow.resize_flow(field, stored)
-            fields.append(_jpeg(_u_above_v(field, settings.flow_bound), settings.jpeg_quality))
-        previous = grey
+        if settings.flow_source == "online":
+            continue
+        greys.append(optical_flow.to_grey(picture if motion == stored else _resize(frame, motion)))
+        if len(greys) > optical_flow.PAIRS_PER_CALL:
+            fields += _encoded_fields(greys, stored, settings)
+            del greys[:-1]
+    if len(greys) > 1:
+        fields += _encoded_fields(greys, stored, settings)
     times = np.rint(1e6 * reader.timestamps).astype(np.int64)
     return EncodedVideo(tuple(frames), tuple(fields), tuple(times.tolist()), reader.info)
+
+
+def flow_between(
+    previous: np.ndarray, following: np.ndarray, settings: RecordSettings
+) -> np.ndarray:
+    """Flow of pairs of grey frames by the algorithm of the settings.
+
+    Args:
+      previous: uint8 `n h w`, at least one.
+      following: the frame after each.
+      settings: name the algorithm.
+
+    Returns:
+      float32 `n h w 2`, px per frame; the same bits however pairs are divided into calls.
+    """
+    if settings.flow_algorithm == "tvl1":
+        from stf_jax import tvl1  # brings JAX, which no other algorithm needs
+
+        return tvl1.flow_on_cpu(previous, following, settings.tvl1)
+    compute = optical_flow.make_flow(settings.flow_algorithm)
+    return np.stack([compute(a, b) for a, b in zip(previous, following, strict=True)])
+
+
+def _encoded_fields(
+    greys: Sequence[np.ndarray], size: tuple[int, int], settings: RecordSettings
+) -> list[bytes]:
+    """The fields from each grey frame to the next as they are stored, at (height, width)."""
+    encoded = []
+    for field in flow_between(np.stack(greys[:-1]), np.stack(greys[1:]), settings):
+        if field.shape[:2] != size:
+            field = optical_flow.resize_flow(field, size)
+        encoded.append(_jpeg(_u_above_v(field, settings.flow_bound), settings.jpeg_quality))
+    return encoded
 
 
 def _sides(frame: np.ndarray, side: int, resize: str) -> tuple[int, int]:
@@ -593,6 +650,9 @@ def _begin_worker(parent: int) -> None:
     # One process per core is the parallelism; threads inside would only fight over the cores.
     cv2.setNumThreads(1)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    # JAX, where flow needs it, reads these when it is imported.
+    os.environ["NPROC"] = "1"
+    os.environ["JAX_PLATFORMS"] = "cpu"
 
 
 def _end_with(parent: int) -> None:

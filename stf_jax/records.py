@@ -519,7 +519,7 @@ def _check(
                 damage[k] = [f"shards/{_number(k)}.json is missing or damaged"]
             else:
                 notes.append(note)
-                if found := _check_shard(note, shard, folder, features, threads.map):
+                if found := _check_shard(note, shard, folder, settings, features, threads.map):
                     damage[k] = found
                 if again := [row for row in note.rows if row.worth_another_try]:
                     retried[k] = [f"{row.video_id}: {row.reason}" for row in again]
@@ -537,6 +537,7 @@ def _check_shard(
     note: ShardNote,
     shard: Shard,
     folder: Path,
+    settings: RecordSettings,
     features: tfds.features.FeaturesDict,
     spread: Callable[..., Iterable[str]],
 ) -> list[str]:
@@ -552,7 +553,8 @@ def _check_shard(
     reader.close()
     if len(examples) != len(usable):
         return [*found, f"{note.file} holds {len(examples)} records, not {len(usable)}"]
-    return [*found, *filter(None, spread(_check_record, usable, examples))]
+    check = functools.partial(_check_record, settings=settings)
+    return [*found, *filter(None, spread(check, usable, examples))]
 
 
 def _check_source(row: ManifestRow, path: Path) -> str:
@@ -566,13 +568,15 @@ def _check_source(row: ManifestRow, path: Path) -> str:
     return ""
 
 
-def _check_record(row: ManifestRow, example: Mapping[str, tf.Tensor]) -> str:
+def _check_record(
+    row: ManifestRow, example: Mapping[str, tf.Tensor], settings: RecordSettings
+) -> str:
     """Decodes all of a record and holds it against its row."""
     frames, flow = example["frames"].numpy(), example["flow"].numpy()
     counts = (len(frames), len(flow), len(example["times"]))
     if example["video_id"].numpy().decode() != row.video_id:
         return f"{row.video_id}: the record in its place is another video's"
-    if counts != (row.num_frames, row.num_frames - 1, row.num_frames):
+    if counts != (row.num_frames, settings.num_fields(row.num_frames), row.num_frames):
         return f"{row.video_id}: frames, fields and times number {counts}, not {row.num_frames}"
     for data in frames:
         if not prepare.decodes(data):

@@ -89,7 +89,9 @@ class Settings:
             )
         return cls(
             config=config,
-            records=RecordSettings(**config.records),
+            records=RecordSettings(
+                **{**config.records, "tvl1": TvL1Settings(**config.records.tvl1)}
+            ),
             sampling=sampling,
             inputs=inputs,
             augment=augment,

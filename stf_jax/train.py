@@ -24,7 +24,7 @@ from stf_jax.augment import AugmentSettings, mix, mixup_shares, next_row
 from stf_jax.checkpoint import Checkpoints, Params, starting_params, write_fates
 from stf_jax.evaluate import evaluate_subset
 from stf_jax.index import ClipEntry, VideoIndex
-from stf_jax.inputs import Batch, InputSettings, network_input
+from stf_jax.inputs import Batch, InputSettings, compute_flow, network_input
 from stf_jax.metrics import Sums, cross_entropy
 from stf_jax.model import Network
 from stf_jax.optim import OptimizerSettings, learning_rate_fn, make_optimizer
@@ -365,7 +365,7 @@ class _Loop:
                 step = int(state.step)
                 state, loss = train_step(
                     state,
-                    divided,
+                    compute_flow(divided, self._settings.records),
                     self._key,
                     np.float32(self._rate(step)),
                     model=self._model,

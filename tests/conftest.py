@@ -176,8 +176,9 @@ def tiny_config(tiny_videos, tiny_model_config) -> ConfigDict:
 @pytest.fixture(scope="session")
 def tiny_records(tiny_videos):
     """The index and the prepared records of `tiny_videos`."""
-    from configs import folder
+    from configs import folder, ucf101
     from stf_jax.datasets import load_index
+    from stf_jax.flow import TvL1Settings
     from stf_jax.prepare import RecordSettings
     from stf_jax.records import prepare_records
 
@@ -185,6 +186,8 @@ def tiny_records(tiny_videos):
     data.update(root=str(tiny_videos), group_regex=r"_(g\d)_", validation_fraction=0.3)
     settings = RecordSettings(
         root=str(tiny_videos.parent / "records"), size=36, resize="squash", flow_size=48,
+        flow_source="stored",
+        tvl1=TvL1Settings(**ucf101.get_config().records.tvl1),
         flow_algorithm="dis", flow_bound=4.0, jpeg_quality=95, min_truncated_frames=8,
         max_pixels=10**7, max_frames=10_000, max_seconds=600.0, timeout=60.0, workers=2,
     )  # fmt: skip

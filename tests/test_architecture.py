@@ -15,7 +15,7 @@ from stf_jax.run import Settings
 ROOT = Path(__file__).parent.parent
 # The walk: a module imports only modules that come before it.
 WALK = (
-    "host progress archives index protocols layouts demo video flow datasets prepare records "
+    "host progress archives index protocols layouts demo video flow tvl1 datasets prepare records "
     "augment inputs pipeline convolution vgg streams fusion recurrent model metrics optim parallel "
     "checkpoint run evaluate train cost predict report main"
 ).split()

@@ -1,16 +1,18 @@
 import csv
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from stf_jax.datasets import ClipEntry, load_index
 from stf_jax.evaluate import Scores, evaluate, evaluate_subset, write_samples, write_scores
+from stf_jax.main import run_experiment
 from stf_jax.pipeline import batches
 from stf_jax.predict import Predictor
 from stf_jax.prepare import encode_video
 from stf_jax.records import prepare_records
-from stf_jax.run import Settings, usable_entries
+from stf_jax.run import Run, Settings, usable_entries
 
 
 @pytest.fixture
@@ -42,9 +44,19 @@ def test_every_video_counts_exactly_once(parts):
     stream = list(batches(records, entries, settings.sampling, batch_size=4, train=False))
     model = settings.model(2)
     with pytest.raises(ValueError, match="left out"):
-        evaluate(model, params, settings.inputs, stream[:-1], entries, settings.mesh)
+        evaluate(
+            model, params, settings.inputs, settings.records, stream[:-1], entries, settings.mesh
+        )
     with pytest.raises(ValueError, match="came twice"):
-        evaluate(model, params, settings.inputs, [*stream, stream[0]], entries, settings.mesh)
+        evaluate(
+            model,
+            params,
+            settings.inputs,
+            settings.records,
+            [*stream, stream[0]],
+            entries,
+            settings.mesh,
+        )
 
 
 def test_an_empty_subset_is_named(parts):
@@ -111,3 +123,27 @@ def test_samples_hold_what_the_network_saw(parts, tmp_path):
             assert sample["flow"].shape == (8, 36, 36, 2)
             assert np.abs(sample["flow"]).max() <= settings.records.flow_bound * 1.01
     assert len(ids) == 2 and ids <= {entry.video_id for entry in index.subset("test")}
+
+
+def test_a_whole_run_without_stored_flow(tiny_config, tmp_path):
+    """Training, evaluation, samples and prediction compute TV-L1 from the frames they read."""
+    tiny_config.records.update(flow_source="online", flow_algorithm="tvl1", flow_size=36)
+    tiny_config.records.tvl1.update(coarsest=36, iterations=5)  # compiled in a moment
+    for stage in tiny_config.stages.values():
+        stage.max_epochs = 1
+    workdir = tmp_path / "run"
+    results = run_experiment(tiny_config, workdir, "test", {})
+    stamp = Run(workdir).read_json("data.json")["records"]
+    assert (stamp["flow_source"], stamp["flow_algorithm"]) == ("online", "tvl1")
+    assert stamp["tvl1"]["iterations"] == 5
+    with np.load(workdir / "samples" / "0.npz") as sample:
+        assert 0.05 < np.hypot(*np.moveaxis(sample["flow"], -1, 0)).mean() < 3  # px, not grey
+    predictor = Predictor.load(workdir)
+    root = Path(tiny_config.data.root)
+    with open(workdir / "scores.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == results["num_videos"]
+    for row in rows[:2]:
+        scores = predictor.predict(root / row["video_id"])
+        written = [float(row[name]) for name in predictor.class_names]
+        np.testing.assert_allclose(scores, written, atol=1e-5)

@@ -6,16 +6,21 @@ import numpy as np
 import pytest
 
 from configs import ucf101
+from experiments.bench.flow import render
+from stf_jax import tvl1
 from stf_jax.augment import AugmentSettings, mirror_flow
-from stf_jax.flow import dequantise, flow_to_colour, quantise, to_grey
+from stf_jax.flow import TvL1Settings, dequantise, flow_to_colour, quantise, to_grey
 from stf_jax.inputs import (
     STILL_FLOW,
     Batch,
     InputSettings,
+    _flow_of_pairs,
+    compute_flow,
     flow_to_pixels,
     network_input,
     read_flow,
 )
+from stf_jax.prepare import RecordSettings
 from stf_jax.run import Settings
 
 SETTINGS = InputSettings(
@@ -272,3 +277,47 @@ def test_half_of_a_stack_must_lie_in_its_middle():
     config.inputs.flow_channels, config.sampling.flow_frames = "uv_half", 6
     with pytest.raises(ValueError, match="uv_half.*flow_frames must be divisible by 4, got 6"):
         Settings.of(config)
+
+
+def test_flow_computed_on_the_device_is_quantised_as_stored_flow():
+    stored = _online_settings()
+    rendered = [
+        render(kind, 1.5, (32, 32), seed=k)[:2]
+        for k, kind in enumerate(("translation", "zoom", "rotation", "occlusion"))
+    ]
+    # Two clips of one frame each, with two fields each.
+    pairs = np.stack([np.stack(pair) for pair in rendered]).reshape(2, 1, 4, 32, 32)
+    batch = _batch(count=2)._replace(flow=jnp.asarray(pairs))
+    flow = np.asarray(compute_flow(batch, stored).flow)
+    assert flow.shape == (2, 1, 4, 32, 32) and flow.dtype == np.uint8
+    first, second = (np.stack(frames) for frames in zip(*rendered, strict=True))
+    fields = quantise(tvl1.flow_on_cpu(first, second, stored.tvl1), stored.flow_bound)
+    expected = fields.transpose(0, 3, 1, 2).reshape(2, 4, 32, 32)
+    # One level: a sum in another order may fall on the other side of a half.
+    assert np.abs(flow[:, 0].astype(int) - expected.astype(int)).max() <= 1
+    assert np.abs(expected.astype(int) - 128).mean() > 10
+
+
+@pytest.mark.parametrize("change", [{"flow_source": "stored"}, {"flow_algorithm": "dis"}])
+def test_fields_that_are_there_are_left_alone(change):
+    batch = _batch()
+    assert compute_flow(batch, dataclasses.replace(_online_settings(), **change)) is batch
+
+
+def test_a_gpu_can_compute_flow_online():
+    shape = jax.ShapeDtypeStruct((2, 4, 8, 32, 32), jnp.uint8)
+    stored = _online_settings()
+    exported = jax.export.export(_flow_of_pairs, platforms=["cuda"])(
+        shape, settings=stored.tvl1, bound=stored.flow_bound
+    )
+    assert exported.platforms == ("cuda",) and exported.out_avals[0].shape == shape.shape
+
+
+def _online_settings():
+    card = ucf101.get_config("laptop").records
+    # One size of the pyramid: compiled in a moment.
+    tvl1_settings = TvL1Settings(**{**card.tvl1, "coarsest": 32})
+    return RecordSettings(
+        **{**card, "size": 32, "flow_size": 32, "flow_source": "online", "flow_algorithm": "tvl1",
+           "tvl1": tvl1_settings},
+    )  # fmt: skip

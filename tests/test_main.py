@@ -46,7 +46,10 @@ def test_a_typo_ends_in_one_line_that_names_it(arguments, said):
     [
         ({"data.root": "nowhere"}, "nowhere is not there"),
         ({"data.split": 7}, "data.split: got 7"),
-        ({"records.flow_algorithm": "brox"}, "choose one of: dis, tvl1, farneback"),
+        (
+            {"records.flow_algorithm": "brox"},
+            "choose one of: tvl1, dis, dis_quick, tvl1_opencv, farneback",
+        ),
         ({"model.mst.spatial": (2, 3, 5)}, "mst.spatial"),
         ({"stages.first.schedule": "sine"}, "sine"),
         ({"inputs.crop_size": 8}, "inputs.crop_size"),

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from configs import ucf101
 from stf_jax import pipeline, prepare
 from stf_jax.datasets import ClipEntry, VideoIndex
-from stf_jax.flow import dequantise, make_flow, quantise, to_grey
+from stf_jax.flow import TvL1Settings, dequantise, make_flow, quantise, to_grey
 from stf_jax.pipeline import (
     SamplingSettings,
     batches,
@@ -497,6 +498,8 @@ def test_flow_is_not_computed_on_frames_too_small_for_it(tiny_config):
 def _small_settings(tmp_path):
     return prepare.RecordSettings(
         root=str(tmp_path / "records"), size=32, resize="squash", flow_size=32,
+        flow_source="stored",
+        tvl1=TvL1Settings(**ucf101.get_config().records.tvl1),
         flow_algorithm="dis", flow_bound=8.0, jpeg_quality=95, min_truncated_frames=4,
         max_pixels=10**6, max_frames=1000, max_seconds=60.0, timeout=60.0, workers=1,
     )  # fmt: skip
@@ -585,3 +588,80 @@ def test_a_one_frame_video_stands_still(tmp_path, make_video):
         (batch,) = batches(records, index.entries, sampling, batch_size=1, train=train)
         assert (batch.flow == 128).all()
         assert (batch.rgb == batch.rgb[:, :1]).all()
+
+
+# --- flow computed online --------------------------------------------------------------------
+
+
+def _online(records, algorithm):
+    return dataclasses.replace(
+        records.settings, size=48, flow_size=48, flow_bound=10.0, flow_source="online",
+        flow_algorithm=algorithm,
+    )  # fmt: skip
+
+
+def _greys(frames):
+    """What an online field is computed from: the brightness that the JPEG holds."""
+    return [
+        tf.io.decode_jpeg(data, channels=1, dct_method="INTEGER_ACCURATE").numpy()[..., 0]
+        for data in frames
+    ]
+
+
+def test_online_fields_are_their_two_grey_frames(tiny_records):
+    stored = _online(tiny_records[1], "tvl1")
+    frames = _moving(stored, 7, 2)
+    greys = _greys(frames)
+    # Frames 0 to 6 and one repeated past the end; windows are held inside the video.
+    clip = clip_of(frames, (), dataclasses.replace(PAPER, num_frames=8), stored)
+    assert clip.flow.shape == (1, 8, 8, 48, 48) and clip.flow.dtype == np.uint8
+    for t in range(7):
+        for offset in range(4):
+            k = min(max(t - 2 + offset, 0), 5)
+            np.testing.assert_array_equal(clip.flow[0, t, 2 * offset], greys[k])
+            np.testing.assert_array_equal(clip.flow[0, t, 2 * offset + 1], greys[k + 1])
+    assert np.array_equal(clip.flow[0, 7, ::2], clip.flow[0, 7, 1::2])  # no motion
+    # Between the frames of the clip: 0, 1, 3, 5.
+    between = dataclasses.replace(PAPER, num_frames=4, flow_step="stride")
+    clip = clip_of(frames, (), between, stored)
+    for offset, (a, b) in enumerate([(0, 1), (0, 1), (1, 3), (3, 5)]):  # of frame 1
+        np.testing.assert_array_equal(clip.flow[0, 1, 2 * offset], greys[a])
+        np.testing.assert_array_equal(clip.flow[0, 1, 2 * offset + 1], greys[b])
+
+
+@pytest.mark.parametrize("algorithm", ["dis", "farneback"])
+def test_the_host_computes_what_the_accelerator_does_not(tiny_records, algorithm):
+    stored = _online(tiny_records[1], algorithm)
+    frames = _moving(stored, 5, 2)
+    compute = make_flow(algorithm)
+    fields = [quantise(compute(a, b), 10.0) for a, b in itertools.pairwise(_greys(frames))]
+    assert len({field.tobytes() for field in fields}) == 4
+    clip = clip_of(frames, (), dataclasses.replace(PAPER, num_frames=6), stored)
+    for t, window in enumerate([[0, 0, 0, 1], [0, 0, 1, 2], [0, 1, 2, 3], [1, 2, 3, 3]]):
+        expected = np.concatenate([fields[k] for k in window], axis=-1).transpose(2, 0, 1)
+        np.testing.assert_array_equal(clip.flow[0, t], expected)
+    assert (clip.flow[0, 5] == 128).all()  # repeated past the end
+
+
+def test_online_flow_is_the_stored_flow_but_for_the_jpegs(tmp_path, make_video):
+    """Stored fields come from the frames before, online ones from those after encoding."""
+    path = make_video(tmp_path / "v.mp4", frames=6, size=(64, 64), speed=2.0)
+    stored = dataclasses.replace(
+        _small_settings(tmp_path), size=64, flow_size=64, jpeg_quality=100, flow_bound=4.0
+    )
+    sampling = dataclasses.replace(PAPER, num_frames=6)
+    clips = []
+    for source in ("stored", "online"):
+        settings = dataclasses.replace(stored, flow_source=source)
+        video = prepare.encode_video(path, settings)
+        assert len(video.flow) == (5 if source == "stored" else 0)
+        clips.append(clip_of(video.frames, video.flow, sampling, settings))
+    np.testing.assert_array_equal(clips[0].rgb, clips[1].rgb)
+    difference = np.abs(clips[0].flow.astype(int) - clips[1].flow.astype(int))
+    assert difference.mean() < 1.0  # 0.03 px
+    assert np.abs(clips[0].flow.astype(int) - 128).mean() > 2  # and it does move
+
+
+def test_online_flow_is_computed_at_the_stored_size(tmp_path):
+    with pytest.raises(ValueError, match="flow_size must be size, 32, got 64"):
+        dataclasses.replace(_small_settings(tmp_path), flow_source="online", flow_size=64)

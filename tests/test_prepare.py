@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 import pytest
 
+from configs import ucf101
 from stf_jax import flow as optical_flow
 from stf_jax import prepare
 from stf_jax.prepare import (
@@ -38,7 +39,9 @@ def settings(tmp_path):
         size=32,
         resize="squash",
         flow_size=64,
+        flow_source="stored",
         flow_algorithm="dis",
+        tvl1=optical_flow.TvL1Settings(**ucf101.get_config().records.tvl1),
         flow_bound=8.0,
         jpeg_quality=95,
         min_truncated_frames=12,
@@ -192,6 +195,31 @@ def test_finished_videos_are_not_done_twice(tmp_path, settings, make_video):
     assert not list(folder.glob(".*.part"))
 
 
+def test_jax_flow_has_the_same_bytes_however_it_is_computed(
+    tmp_path, settings, make_video, monkeypatch
+):
+    one_size = dataclasses.replace(settings.tvl1, coarsest=64)  # compiled in a moment
+    settings = dataclasses.replace(settings, flow_algorithm="tvl1", tvl1=one_size, workers=2)
+    videos = {
+        f"{i}.avi": make_video(tmp_path / f"{i}.avi", frames=n) for i, n in enumerate((3, 20))
+    }
+    list(stage_videos(videos, tmp_path / "staged", settings))  # by two processes of one thread each
+    for video_id, path in videos.items():
+        staged = read_staged(staged_path(tmp_path / "staged", video_id))
+        assert len(staged.flow) == len(staged.frames) - 1 and len(set(staged.flow)) > 1
+        for pairs in (8, 3):
+            monkeypatch.setattr(optical_flow, "PAIRS_PER_CALL", pairs)
+            assert encode_video(path, settings).flow == staged.flow
+
+
+def test_records_for_online_flow_hold_frames_only(tmp_path, settings, make_video):
+    path = make_video(tmp_path / "v.avi", frames=5)
+    square = dataclasses.replace(settings, flow_size=settings.size)
+    stored = encode_video(path, square)
+    online = encode_video(path, dataclasses.replace(square, flow_source="online"))
+    assert online.frames == stored.frames and len(stored.flow) == 4 and not online.flow
+
+
 def _environment():
     """In which a script imports the package that is tested, not one that is installed."""
     return {**os.environ, "PYTHONPATH": str(Path(prepare.__file__).parents[1])}
@@ -273,6 +301,7 @@ def test_the_second_writer_is_told_who_the_first_is(tmp_path):
         {"size": 8},
         {"resize": "crop"},
         {"flow_algorithm": "sift"},
+        {"flow_source": "streamed"},
         {"jpeg_quality": 0},
         {"flow_bound": 0.0},
     ],
@@ -291,6 +320,9 @@ def test_only_what_changes_the_bytes_is_in_the_stamp(settings):
         {"flow_bound": 4.0},
         {"flow_algorithm": "farneback"},
         {"flow_algorithm": "dis_quick"},
+        {"flow_algorithm": "tvl1"},
+        {"flow_algorithm": "tvl1_opencv"},
+        {"flow_source": "online", "flow_size": 32},
     ):
         assert dataclasses.replace(settings, **change).stamp() != settings.stamp()
 

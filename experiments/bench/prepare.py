@@ -67,10 +67,14 @@ def chosen_clips(count: int) -> list[Path]:
 
 def settings_of(root: Path, algorithm: str) -> Any:
     """How the clips are stored."""
+    from configs import ucf101
+    from stf_jax.flow import TvL1Settings
     from stf_jax.prepare import RecordSettings
 
+    tvl1 = TvL1Settings(**ucf101.get_config().records.tvl1)
     return RecordSettings(
-        root=str(root), size=SIDE, resize="squash", flow_size=SIDE, flow_algorithm=algorithm,
+        root=str(root), size=SIDE, resize="squash", flow_size=SIDE, flow_source="stored",
+        flow_algorithm=algorithm, tvl1=tvl1,
         flow_bound=BOUND, jpeg_quality=QUALITY, min_truncated_frames=24, max_pixels=10**7,
         max_frames=20_000, max_seconds=1200.0, timeout=600.0, workers=0,
     )  # fmt: skip
@@ -117,7 +121,7 @@ def clip_rates(clip: Path) -> dict[str, tuple[float, float]]:
     small = [prepare._resize(frame, (SIDE, SIDE)) for frame in frames]
     greys = [optical_flow.to_grey(frame) for frame in small]
     pairs = list(zip(greys, greys[1:], strict=False))
-    dis, tvl1 = optical_flow.make_flow("dis"), optical_flow.make_flow("tvl1")
+    dis, tvl1 = optical_flow.make_flow("dis"), optical_flow.make_flow("tvl1_opencv")
     fields = [dis(*pair) for pair in pairs]
     pictures = [Image.fromarray(frame) for frame in frames]
     stacked = [prepare._u_above_v(field, BOUND) for field in fields]
