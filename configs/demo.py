@@ -142,5 +142,8 @@ def get_config() -> ConfigDict:
     }
     config.stages = {"first": stage, "second": {**stage, "learning_rate": 1e-4, "max_epochs": 2}}
     config.stage_order = ("first", "second")
+    # Clips per video at the end: 1 is the deterministic one, more are drawn as in training, their
+    # probabilities averaged (SPEC 1.11).
+    config.eval = {"repeats": 1}
 
     return config

@@ -151,6 +151,9 @@ def get_config(presets: str = "") -> ConfigDict:
     }
     config.stages = {"first": stage, "second": {**stage, "learning_rate": 1e-6, "max_epochs": 15}}
     config.stage_order = ("first", "second")
+    # Clips per video at the end: 1 is the deterministic one, more are drawn as in training, their
+    # probabilities averaged (SPEC 1.11).
+    config.eval = {"repeats": 1}
 
     for preset in filter(None, presets.split(",")):
         if preset == "laptop":

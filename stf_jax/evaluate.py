@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import functools
 import io
+import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -113,30 +114,59 @@ def evaluate_subset(
     records: Records,
     subset: str,
     *,
+    repeats: int = 1,
     show_progress: bool = False,
 ) -> Scores:
-    """Scores the usable videos of one subset of an index, one deterministic clip each."""
+    """Scores the usable videos of one subset of an index.
+
+    Args:
+      settings: the run's settings.
+      params: parameters of its network.
+      index: the videos.
+      records: their stored frames and flow.
+      subset: of the index.
+      repeats: 1 scores the deterministic clip of each video; more is how many clips are drawn from
+        it as in training, without augmentation, and their probabilities averaged (SPEC 1.11).
+      show_progress: whether to show a bar.
+    """
     entries = usable_entries(index, records, subset)
     if not entries:
         raise ValueError(f"the {subset} subset of {index.root} holds no usable video")
     size = settings.config.batch_size
+    steps = steps_per_epoch(len(entries), size)
     stream: Iterable[Batch] = batches(
         records,
         entries,
         settings.sampling,
         batch_size=size,
         train=False,
+        seed=settings.config.seed,
+        stop_step=repeats * steps,
         part=part_of_batch(settings.mesh.devices, jax.process_index()),
+        draw=repeats > 1,
     )
     if show_progress:
-        steps = steps_per_epoch(len(entries), size)
-        stream = progress.bar(stream, total=steps, description=f"score {subset}", unit="batch")
+        stream = progress.bar(
+            stream, total=repeats * steps, description=f"score {subset}", unit="batch"
+        )
     model, params = fold_pyramid(settings.model(len(index.class_names)), params)
     params = place(params, settings.mesh)
     # An iterator: whoever looks into a bar to see what it holds takes its first batch away.
-    return evaluate(
-        model, params, settings.inputs, settings.records, iter(stream), entries, settings.mesh
-    )
+    clips = iter(stream)
+    drawn = [
+        evaluate(
+            model,
+            params,
+            settings.inputs,
+            settings.records,
+            itertools.islice(clips, steps),
+            entries,
+            settings.mesh,
+        )
+        for _ in range(repeats)
+    ]
+    mean = np.mean([scores.probabilities for scores in drawn], axis=0)
+    return Scores(tuple(entries), mean)
 
 
 def score_run(
@@ -164,7 +194,10 @@ def score_run(
       ValueError: they were trained with another split, other classes or other flow.
     """
     params = best_params(run, settings, settings.evaluated_stage, stamp, allow)
-    return evaluate_subset(settings, params, index, records, subset, show_progress=True)
+    repeats = settings.config.eval.repeats
+    return evaluate_subset(
+        settings, params, index, records, subset, repeats=repeats, show_progress=True
+    )
 
 
 def score_again(

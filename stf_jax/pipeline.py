@@ -443,6 +443,7 @@ def batches(
     start_step: int = 0,
     stop_step: int | None = None,
     part: tuple[int, int] = (0, 1),
+    draw: bool | None = None,
 ) -> Iterator[Batch]:
     """Streams batches from step `start_step` on.
 
@@ -463,6 +464,7 @@ def batches(
       stop_step: first step not to yield; None means the end of the first epoch.
       part: (i, n) reads the i-th n-th of every batch's rows: what one of n processes needs. Parts
         0 to n - 1, one after the other, are the batch.
+      draw: whether clips are drawn at random from their videos; None means in training only.
 
     Yields:
       Batches of numpy arrays, deterministic given the arguments.
@@ -476,6 +478,7 @@ def batches(
             f"part {number} of {parts} of a batch: batch_size is {batch_size}, allowed: multiples "
             f"of {parts}, and parts 0 to {parts - 1}"
         )
+    draw = train if draw is None else draw
     rows = batch_size // parts
     per_epoch = steps_per_epoch(len(entries), batch_size)
     stop_step = per_epoch if stop_step is None else stop_step
@@ -502,7 +505,7 @@ def batches(
         example = records.parse(tf.ensure_shape(serialised, []))
         entry, random = tf.ensure_shape(entry, []), tf.ensure_shape(random, [2])
         total = tf.size(example["frames"])
-        chance = tf.bitcast(random, tf.int32) if train else None
+        chance = tf.bitcast(random, tf.int32) if draw else None
         wanted = clip_indices(total, settings, chance)
         rgb, flow = decode_clip(
             example["frames"],

@@ -68,6 +68,8 @@ class Settings:
                 f"{tuple(config.stages)} once; they differ in {sorted(unknown)}"
             )
         allowed_mismatches(config.allow_mismatch)
+        if config.eval.repeats < 1:
+            raise ValueError(f"eval.repeats must be at least 1, got {config.eval.repeats}")
         build_model(config.model, num_classes=2)
         if config.inputs.crop_size > config.records.size:
             raise ValueError(

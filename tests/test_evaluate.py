@@ -8,7 +8,8 @@ import pytest
 from stf_jax.datasets import ClipEntry, load_index
 from stf_jax.evaluate import Scores, evaluate, evaluate_subset, write_samples, write_scores
 from stf_jax.main import run_experiment
-from stf_jax.pipeline import batches
+from stf_jax.model import fold_pyramid
+from stf_jax.pipeline import batches, steps_per_epoch
 from stf_jax.predict import Predictor
 from stf_jax.prepare import encode_video
 from stf_jax.records import prepare_records
@@ -36,6 +37,39 @@ def test_the_batch_size_does_not_change_a_score(parts):
     np.testing.assert_allclose(results[0], results[2], atol=1e-6)
     # They are scores of these videos, not one score repeated.
     assert len(np.unique(results[0].round(5), axis=0)) == len(results[0])
+
+
+def test_drawn_clips_are_averaged_and_every_draw_is_another(parts):
+    settings, index, records, params = parts
+    one, two, four = (
+        evaluate_subset(settings, params, index, records, "test", repeats=n).probabilities
+        for n in (1, 2, 4)
+    )
+    assert np.abs(one - two).max() > 0 and np.abs(two - four).max() > 0
+    again = evaluate_subset(settings, params, index, records, "test", repeats=4).probabilities
+    np.testing.assert_array_equal(four, again)
+    # The mean of four draws is that of the first two and the last two, which are those of a stream
+    # that starts later.
+    entries = usable_entries(index, records, "test")
+    model, folded = fold_pyramid(settings.model(2), params)
+    draws = []
+    per_epoch = steps_per_epoch(len(entries), settings.config.batch_size)
+    for draw in range(4):
+        stream = batches(
+            records, entries, settings.sampling, batch_size=settings.config.batch_size,
+            train=False, seed=settings.config.seed, draw=True,
+            start_step=draw * per_epoch, stop_step=(draw + 1) * per_epoch,
+        )  # fmt: skip
+        scores = evaluate(
+            model, folded, settings.inputs, settings.records, stream, entries, settings.mesh
+        )
+        draws.append(scores.probabilities)
+    np.testing.assert_allclose(np.mean(draws, axis=0), four, atol=1e-6)
+    np.testing.assert_allclose(np.mean(draws[:2], axis=0), two, atol=1e-6)
+    config = settings.config.as_configdict().copy_and_resolve_references()
+    config.eval.repeats = 0
+    with pytest.raises(ValueError, match="eval.repeats must be at least 1, got 0"):
+        Settings.of(config)
 
 
 def test_every_video_counts_exactly_once(parts):
