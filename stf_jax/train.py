@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
