@@ -1,15 +1,25 @@
 """Saving and restoring a run with orbax, and the one decision where weights come from."""
 
+import dataclasses
+import hashlib
+import itertools
 import json
 import logging
+import math
+import os
+import re
+import shutil
 from collections.abc import Callable, Mapping
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
+from stf_jax import progress
 from stf_jax.model import Params
 from stf_jax.optim import parameter_path
 from stf_jax.vgg import find_vgg16, port_vgg16, read_vgg16
@@ -19,87 +29,316 @@ for _chatty in ("absl", "jax"):
     logging.getLogger(_chatty).setLevel(logging.WARNING)
 
 
+_DIGESTS = "digests.json"
+# Left free beside what a save needs, bytes: logs and reports are written too.
+_SPARE = 64 * 2**20
+# Arrays of about so many bytes are read back at a time to verify a save.
+_READ = 256 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class _Copy:
+    """One copy of a checkpoint on disk: folder `<step>`, `<step>.copy1`, ..."""
+
+    step: int
+    number: int
+    path: Path
+
+
 class Checkpoints:
     """The checkpoints in one folder: a tree of arrays and a JSON record per step.
 
-    A step's folder appears by renaming, so a kill leaves whole checkpoints only; the temporary
-    folder it leaves is removed at the next start.
+    A save runs beside the training. It is written under a temporary name, read back, compared with
+    what was to be saved, described by the digest of every file and then renamed: a folder named by
+    a step is a whole checkpoint, whenever the process or the machine stops. Older steps are deleted
+    only after that. Every file is checked against its digest before it is used, because neither
+    disks nor the array format notice a flipped bit; damaged steps are set aside and the newest
+    whole one is used.
     """
 
-    def __init__(self, folder: Path, *, keep: int):
-        """Opens `folder`, which is made if absent; `keep` is how many of the last steps to keep."""
+    def __init__(self, folder: Path, *, keep: int, copies: int = 1):
+        """Names a folder, which is made if absent.
+
+        Args:
+          folder: the folder.
+          keep: how many of the last steps to keep.
+          copies: how often each step is stored; the others stand in for a damaged one.
+        """
         folder.mkdir(parents=True, exist_ok=True)
-        self._folder = folder
-        self._manager = ocp.CheckpointManager(
-            folder.absolute(),
-            item_handlers={
-                "tree": ocp.StandardCheckpointHandler(),
-                "record": ocp.JsonCheckpointHandler(),
-            },
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
-                create=True,
-                cleanup_tmp_directories=True,
-                enable_async_checkpointing=False,
-            ),
-        )
+        self._folder, self._keep, self._copies = folder, keep, copies
+        self._worker = futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._saving: tuple[int, futures.Future[None]] | None = None
+        self._warned = False
 
     def latest_step(self) -> int | None:
         """The newest step on disk, or None."""
-        return self._manager.latest_step()
+        return max((copy.step for copy in self._found()), default=None)
+
+    def clean(self) -> None:
+        """Removes what a killed save left; to be called by who alone may write here."""
+        for path in sorted(self._folder.glob(".saving-*")):
+            shutil.rmtree(path)
+            progress.say(f"{self._folder}: removed {path.name}, left by a save that was killed")
+
+    def check_space(self, tree: Any) -> None:
+        """Makes sure that a tree (arrays or their shapes) can be saved.
+
+        Raises:
+          OSError: the disk is too full (says what is needed and what is free).
+        """
+        needed = _bytes(tree) * self._copies + _SPARE
+        free = shutil.disk_usage(self._folder).free
+        if free < needed:
+            raise OSError(
+                f"{self._folder}: a checkpoint needs {needed / 2**20:.0f} MiB, but only "
+                f"{free / 2**20:.0f} MiB are free. Make room, or choose another --workdir; the "
+                "same command goes on",
+            )
 
     def save(self, step: int, tree: Any, record: Mapping[str, Any]) -> None:
-        """Writes a checkpoint and returns when it is on disk.
+        """Starts to save; the arrays may be changed as soon as this returns.
 
-        A step that is already there stays: training is deterministic, so it is the same one.
+        A step that is already there stays: training is deterministic, so it is the same one. With
+        several processes it returns when all is on disk.
+
+        Raises:
+          OSError: the disk is too full, or the save before this one failed (says why).
         """
-        if step in self._manager.all_steps():
+        self.wait()
+        if any(copy.step == step for copy in self._found()):
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                tree=ocp.args.StandardSave(tree), record=ocp.args.JsonSave(dict(record))
-            ),
-        )
-        self._manager.wait_until_finished()
+        self.check_space(tree)
+        arrays = _flat(tree)
+        if jax.process_count() > 1:
+            self._write(step, arrays, dict(record))
+            return
+        # Copies: the next training step writes into the buffers of this one.
+        arrays = {name: np.array(array) for name, array in arrays.items()}
+        self._saving = step, self._worker.submit(self._write, step, arrays, dict(record))
 
-    def restore(self, like: Any) -> tuple[int, Any, dict[str, Any]]:
-        """Reads the newest checkpoint.
+    def wait(self) -> None:
+        """Returns when the save under way is on disk and verified.
+
+        Raises:
+          OSError: it failed (says why, and what remains).
+        """
+        if self._saving is None:
+            return
+        (step, future), self._saving = self._saving, None
+        error = future.exception()
+        if error is not None:
+            latest = self.latest_step()
+            remains = "no step is saved" if latest is None else f"the last saved step is {latest}"
+            raise OSError(
+                f"{self._folder}: step {step} could not be saved ({error}); {remains}. Once the "
+                "cause is mended the same command goes on from there",
+            ) from error
+
+    def restore(self, like: Any, *, set_aside: bool = False) -> tuple[int, Any, dict[str, Any]]:
+        """Reads the newest whole checkpoint.
 
         Args:
           like: a tree of the expected structure, shapes and dtypes (arrays or their shapes).
+          set_aside: rename damaged ones, so that they are not met again; for who alone may write.
 
         Returns:
-          Its step, tree and record.
+          Its step, tree (of numpy arrays) and record.
 
         Raises:
           FileNotFoundError: there is none.
           ValueError: it holds other leaves (lists them).
+          OSError: all are damaged (says how).
         """
-        step = self.latest_step()
-        if step is None:
+        self.wait()
+        found = self._found()
+        if not found:
             raise FileNotFoundError(
                 f"{self._folder} holds no checkpoint. Train first, or name the right --workdir."
             )
-        stored = self._manager.item_metadata(step)["tree"]
-        _check_same_leaves(stored, like, self._folder / str(step))
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                tree=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, like)),
-                record=ocp.args.JsonRestore(),
-            ),
+        damages: list[str] = []
+        for copy in found:
+            damage = _damage(copy.path)
+            if not damage:
+                if damages:
+                    progress.say(f"{self._folder}: step {copy.step} ({copy.path.name}) is used")
+                record = json.loads((copy.path / "record.json").read_text(encoding="utf-8"))
+                return copy.step, _read(copy.path, like), record
+            damages.append(f"{copy.path.name}: {damage}")
+            aside = f"; set aside as {_set_aside(copy.path)}" if set_aside else ""
+            progress.say(f"{self._folder}: {damages[-1]}{aside}")
+        raise OSError(
+            f"{self._folder}: no checkpoint is whole ({'; '.join(damages)}). Restore the folder "
+            f"from a backup, or remove {self._folder.parent} to train this stage again",
         )
-        return step, restored["tree"], restored["record"]
 
     def close(self) -> None:
-        """Ends the manager's threads."""
-        self._manager.close()
+        """Waits for a save under way and ends its thread.
+
+        Raises:
+          OSError: the save failed (see `wait`).
+        """
+        try:
+            self.wait()
+        finally:
+            self._worker.shutdown()
+
+    def _found(self) -> list[_Copy]:
+        """Every copy of every step, the newest first; speaks once of what does not belong here."""
+        found, strays = [], []
+        for path in sorted(self._folder.iterdir()):
+            match = re.fullmatch(r"(\d+)(?:\.copy(\d+))?", path.name)
+            if match and ((path / "tree").exists() or (path / _DIGESTS).exists()):
+                found.append(_Copy(int(match[1]), int(match[2] or 0), path))
+            elif not re.fullmatch(r"\..*|.*\.damaged\d*", path.name):
+                strays.append(path.name)
+        if strays and not self._warned:
+            self._warned = True
+            progress.say(f"{self._folder}: not checkpoints of ours, ignored: {', '.join(strays)}")
+        return sorted(found, key=lambda copy: (-copy.step, copy.number))
+
+    def _write(self, step: int, arrays: dict[str, Any], record: dict[str, Any]) -> None:
+        """Saves, verifies, copies, and then deletes what is older than the kept steps."""
+        first = jax.process_index() == 0
+        aside = self._folder / f".saving-{step}"
+        if first:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()  # not its parents: a folder that vanished is an error
+        _barrier("checkpoint folder")
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+            checkpointer.save((aside / "tree").absolute(), args=ocp.args.StandardSave(arrays))
+        if first:
+            (aside / "record.json").write_text(json.dumps(record), encoding="utf-8")
+            if jax.process_count() == 1:
+                _check_written(aside, arrays)
+            _finish(aside)
+            for number in range(1, self._copies):
+                copy = self._folder / f".saving-{step}.copy{number}"
+                shutil.rmtree(copy, ignore_errors=True)
+                shutil.copytree(aside, copy)
+                damage = _damage(copy)
+                if damage:
+                    raise OSError(f"the copy reads back otherwise: {damage}")
+                _finish(copy)
+                copy.rename(self._folder / f"{step}.copy{number}")
+            aside.rename(self._folder / str(step))
+            _flush(self._folder)
+            kept = sorted({copy.step for copy in self._found()})[-self._keep :]
+            for old in self._found():
+                if old.step not in kept:
+                    # Renamed first, so that a kill leaves no half of it under its name.
+                    gone = old.path.rename(self._folder / f".saving-old-{old.path.name}")
+                    shutil.rmtree(gone)
+        _barrier("checkpoint written")
+
+
+def _barrier(name: str) -> None:
+    """Waits until every process is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    """The leaves by their paths: the same names whatever kinds of containers hold them."""
+    return {parameter_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _DIGESTS)
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _finish(folder: Path) -> None:
+    """Describes every file by its digest and brings all of it to disk."""
+    files = _files(folder)
+    digests = {path.relative_to(folder).as_posix(): _digest(path) for path in files}
+    (folder / _DIGESTS).write_text(json.dumps(digests, indent=1), encoding="utf-8")
+    for path in (*files, folder / _DIGESTS, *(p for p in folder.rglob("*") if p.is_dir()), folder):
+        _flush(path)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _damage(folder: Path) -> str:
+    """What is wrong with the files of a checkpoint, or ''."""
+    try:
+        digests = json.loads((folder / _DIGESTS).read_text(encoding="utf-8"))
+        expected = {str(name): str(digest) for name, digest in digests.items()}
+    except (ValueError, OSError, AttributeError) as error:
+        return f"its {_DIGESTS} cannot be read ({error})"
+    for name, digest in expected.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if _digest(path) != digest:
+            return f"{name} is not what was written (its digest differs)"
+    extra = {path.relative_to(folder).as_posix() for path in _files(folder)} - set(expected)
+    return f"{sorted(extra)[0]} does not belong to it" if extra else ""
+
+
+def _set_aside(folder: Path) -> str:
+    for number in itertools.count():
+        aside = folder.with_name(f"{folder.name}.damaged{number or ''}")
+        if not aside.exists():
+            folder.rename(aside)
+            return aside.name
+    raise AssertionError("unreachable")
+
+
+def _check_written(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Reads a save back and compares every bit, a part at a time.
+
+    Raises:
+      OSError: an array differs (names it).
+    """
+    part: dict[str, Any] = {}
+    names = list(arrays)
+    for name in names:
+        part[name] = jax.ShapeDtypeStruct(arrays[name].shape, arrays[name].dtype)
+        if _bytes(part) < _READ and name != names[-1]:
+            continue
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            read = checkpointer.restore(
+                (folder / "tree").absolute(),
+                args=ocp.args.PyTreeRestore(item=part, partial_restore=True),
+            )
+        for key in part:
+            if read[key].tobytes() != arrays[key].tobytes():
+                raise OSError(f"{key} reads back otherwise than it was written")
+        part = {}
+
+
+def _read(folder: Path, like: Any) -> Any:
+    """The tree of a whole checkpoint in the structure of `like`."""
+    path = (folder / "tree").absolute()
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        _check_same_leaves(checkpointer.metadata(path).item_metadata.tree, like, folder)
+        wanted = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in _flat(like).items()
+        }
+        arrays = checkpointer.restore(path, args=ocp.args.StandardRestore(wanted))
+    return jax.tree_util.tree_map_with_path(lambda p, _: arrays[parameter_path(p)], like)
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {parameter_path(path): tuple(leaf.shape) for path, leaf in leaves}
+    return {name: tuple(leaf.shape) for name, leaf in _flat(tree).items()}
+
+
+def _dtypes(tree: Any) -> dict[str, np.dtype]:
+    return {name: np.dtype(leaf.dtype) for name, leaf in _flat(tree).items()}
 
 
 def _check_same_leaves(stored: Any, like: Any, where: Path) -> None:
@@ -110,6 +349,12 @@ def _check_same_leaves(stored: Any, like: Any, where: Path) -> None:
         f"mismatched: {name} is {have[name]}, expected {want[name]}"
         for name in want
         if name in have and have[name] != want[name]
+    ]
+    kinds = _dtypes(stored), _dtypes(like)
+    faults += [
+        f"mismatched: {name} is {kinds[0][name]}, expected {kinds[1][name]}"
+        for name in want
+        if name in have and kinds[0][name] != kinds[1][name]
     ]
     if faults:
         shown = "\n  ".join(faults[:20]) + (

@@ -151,8 +151,8 @@ class Run:
     workdir: Path
 
     def best(self, stage: str) -> Checkpoints:
-        """The best weights of a stage."""
-        return Checkpoints(self.workdir / "stages" / stage / "best", keep=1)
+        """The best weights of a stage; stored twice, for no other step can stand in for them."""
+        return Checkpoints(self.workdir / "stages" / stage / "best", keep=1, copies=2)
 
     def last(self, stage: str) -> Checkpoints:
         """What a stage continues from."""

@@ -3,11 +3,10 @@
 import dataclasses
 import functools
 import json
-import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from stf_jax import progress
+from stf_jax import prepare, progress
 from stf_jax.augment import AugmentSettings, mix, mixup_shares, next_row
 from stf_jax.checkpoint import Checkpoints, Params, starting_params, write_fates
 from stf_jax.evaluate import evaluate_subset
@@ -211,7 +210,10 @@ def train_stage(
     entries = usable_entries(epoch_index(index, records, number, 0), records, "train")
     per_epoch = steps_per_epoch(len(entries), settings.config.batch_size)
     best, last = run.best(name), run.last(name)
-    try:
+    for checkpoints in (best, last):
+        checkpoints.clean()
+    last.check_space(abstract_state(settings, len(index.class_names)))
+    with closing(last), closing(best):
         state, memory = _start(run, settings, name, stamp_of(index, settings), last)
         with stop_requests() as stop:
             loop = _Loop(run, settings, name, index, records, best, last, stop, int(state.step))
@@ -219,9 +221,6 @@ def train_stage(
             while not stopped:
                 state = loop.epoch(state, memory)
                 stopped = loop.finished(memory)
-    finally:
-        best.close()
-        last.close()
     summary = {
         "name": name,
         "learning_rate": stage.learning_rate,
@@ -243,15 +242,18 @@ def _start(
 ) -> tuple[TrainState, StageProgress]:
     """Where a stage goes on: its own last checkpoint, else the hand-off, else VGG, else scratch."""
     num_classes = len(stamp["classes"])
+    log = run.workdir / "metrics.jsonl"
     if last.latest_step() is not None:
         like = abstract_state(settings, num_classes)
-        step, state, record = last.restore(like)
+        step, state, record = last.restore(like, set_aside=True)
         where = run.workdir / "stages" / name / "last" / str(step)
         allow = allowed_mismatches(settings.config.allow_mismatch)
         check_stamp(record.pop("stamp", {}), stamp, where, allow)
+        _forget(log, name, step)
         state, memory = place(state, settings.mesh), StageProgress(**record)
         progress.say(f"stage '{name}': continuing after step {step} (epoch {memory.epoch + 1})")
         return state, memory
+    _forget(log, name, -1)
     config = settings.config
     params, fates = starting_params(
         lambda: settings.initial_params(settings.model(num_classes)),
@@ -397,6 +399,7 @@ class _Loop:
         if np.isfinite(loss):
             return
         ids = ", ".join(self._entries[i].video_id for i in batch.entry[batch.mask])
+        self._last.wait()
         raise FloatingPointError(
             f"stage '{self._name}': the loss is {loss} at step {step}, on {ids}. The last finite "
             f"checkpoint is step {self._last.latest_step()}. Lower the learning rate, or look at "
@@ -441,6 +444,8 @@ class _Loop:
             + (" (best)" if improved and self._validates else "")
             + f", {memory.waiting_seconds / memory.seconds:.1%} of the time waiting for clips"
         )
+        # What the stage continues from must never be ahead of the best weights that it speaks of.
+        self._best.wait()
         self._save(state, memory)
         if self._stop:
             raise Interrupted(self._stop[0])
@@ -471,13 +476,22 @@ class _Loop:
 
 
 def _append_lines(path: Path, lines: Sequence[str]) -> None:
-    """Appends whole lines, also after one that a kill has torn."""
-    with open(path, "ab+") as log:
-        if log.tell():
-            log.seek(-1, os.SEEK_END)
-            torn = log.read(1) != b"\n"
-            log.write(b"\n" * torn)
-        log.write("".join(f"{line}\n" for line in lines).encode())
+    with open(path, "a", encoding="utf-8") as log:
+        log.write("".join(f"{line}\n" for line in lines))
+
+
+def _forget(path: Path, stage: str, step: int) -> None:
+    """Takes out of the log what a stage wrote after a step: it will be done, and written, again."""
+    if not path.exists():
+        return
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append((line, json.loads(line)))
+        except ValueError:
+            continue  # half a line, torn by a kill
+    kept = [line for line, row in rows if row["stage"] != stage or row["step"] <= step]
+    prepare.write_aside(path, "".join(f"{line}\n" for line in kept).encode())
 
 
 @contextmanager

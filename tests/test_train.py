@@ -284,14 +284,18 @@ def _log(run):
     return [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
 
 
-def test_a_torn_last_line_of_the_log_stays_alone(parts):
-    """A kill in mid-write leaves half a line; the next one must not continue it."""
+def test_a_torn_line_and_what_will_be_done_again_leave_the_log(parts):
+    """A kill in mid-write leaves half a line, one before a save leaves rows of steps undone."""
     run, settings, index, records = parts
     run.workdir.mkdir(parents=True)
-    (run.workdir / "metrics.jsonl").write_text('{"stage": "fi')
+    log = run.workdir / "metrics.jsonl"
+    earlier = '{"stage": "zeroth", "step": 9}'
+    log.write_text(f'{earlier}\n{{"stage": "first", "step": 3}}\n{{"stage": "fi')
     train_stage(run, settings, "first", index, records)
-    torn, *rows = (run.workdir / "metrics.jsonl").read_text().splitlines()
-    assert torn == '{"stage": "fi' and all(json.loads(row) for row in rows)
+    first, *rows = log.read_text().splitlines()
+    assert first == earlier
+    assert len(rows) == 2 * settings.stages["first"].max_epochs
+    assert [json.loads(row)["epoch"] for row in rows] == [1, 1, 2, 2]
 
 
 def test_a_second_signal_acts_at_once():
