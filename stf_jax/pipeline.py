@@ -373,7 +373,7 @@ def _online_fields(
     frames: tf.Tensor,
     numbers: tf.Tensor,
     windows: tf.Tensor,
-    corner: tf.Tensor,
+    corner: tf.Tensor | None,
     stored: RecordSettings,
 ) -> tf.Tensor:
     """What records without flow have for each field of each window, uint8 `(t l) 2 h w`.
@@ -385,7 +385,7 @@ def _online_fields(
       frames: string `n`, JPEG frames of the video.
       numbers: int32, the frames of the video that the fields lie between.
       windows: int32 `t l`; field k lies between `numbers[k]` and `numbers[k + 1]`, -1 is none.
-      corner: of the square to cut.
+      corner: of the square to cut; None if frames are squares already.
       stored: names algorithm and bound.
     """
     size = stored.size

@@ -91,9 +91,7 @@ class Settings:
             )
         return cls(
             config=config,
-            records=RecordSettings(
-                **{**config.records, "tvl1": TvL1Settings(**config.records.tvl1)}
-            ),
+            records=RecordSettings.of(config.records),
             sampling=sampling,
             inputs=inputs,
             augment=augment,

@@ -164,7 +164,7 @@ def test_no_motion_is_exactly_zero(scenes):
 
 def test_each_setting_changes_the_program():
     """A setting that nobody reads would be stamped all the same."""
-    frames = jax.ShapeDtypeStruct((1, 1, 32, 40), jnp.uint8)
+    frames = jax.ShapeDtypeStruct((1, 1, 16, 20), jnp.uint8)
 
     def program(**changes):
         settings = dataclasses.replace(SETTINGS, **changes)
