@@ -64,7 +64,8 @@ def layer_costs(settings: Settings, num_classes: int, batch: int = 1) -> list[La
 
     def record(call, args, kwargs, context):
         result = call(*args, **kwargs)
-        if isinstance(context.module, _LAYERS):
+        # The layers that work in pieces have no place in the network; they are there whole as well.
+        if isinstance(context.module, _LAYERS) and context.module.path:
             first = jax.tree.leaves(result)[0]
             outputs["/".join(context.module.path)] = first.shape
         return result
