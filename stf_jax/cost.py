@@ -64,16 +64,17 @@ def layer_costs(settings: Settings, num_classes: int, batch: int = 1) -> list[La
 
     def record(call, args, kwargs, context):
         result = call(*args, **kwargs)
-        # The layers that work in pieces have no place in the network; they are there whole as well.
-        if isinstance(context.module, _LAYERS) and context.module.path:
+        if isinstance(context.module, _LAYERS):
             first = jax.tree.leaves(result)[0]
             outputs["/".join(context.module.path)] = first.shape
         return result
 
     def forward(params: Params, rgb: jax.Array, flow: jax.Array) -> jax.Array:
         with nn.intercept_methods(record):
-            logits: Any = network.apply({"params": params}, rgb, flow, train=False)[0]
-        return logits
+            # As in training: without a backward pass a CPU computes some layers in pieces.
+            rngs = {"dropout": jax.random.key(0)}
+            outcome: Any = network.apply({"params": params}, rgb, flow, train=True, rngs=rngs)
+        return outcome[0]
 
     jaxpr = jax.make_jaxpr(forward)(params, *_clips(settings, batch))
     sizes = {name: math.prod(leaf.shape) for name, leaf in _by_path(params).items()}
