@@ -42,7 +42,11 @@ Arrays = list[jax.Array]
 
 
 def convolve(
-    x: Float[Array, "b t h w i"], kernel: Float[Array, "... i o"], *, stride: int = 1
+    x: Float[Array, "b t h w i"],
+    kernel: Float[Array, "... i o"],
+    bias: Float[Array, " o"] | None = None,
+    *,
+    stride: int = 1,
 ) -> Float[Array, "b t hh ww o"]:
     """Convolves a clip in space, in time or in both; zero padding keeps the size (SAME).
 
@@ -52,6 +56,7 @@ def convolve(
     Args:
       x: `b t h w i`.
       kernel: `h w i o` (space), `t i o` (time) or `t h w i o` (both), of the type of `x`.
+      bias: added to the result; None is none.
       stride: step in h and w; time is never thinned out.
 
     Returns:
@@ -70,12 +75,18 @@ def convolve(
             f"a kernel is 'h w i o', 't i o' (stride 1) or 't h w i o'; got shape {kernel.shape} "
             f"with stride {stride}"
         )
+    if bias is None:
+        bias = jnp.zeros(kernel.shape[-1:], x.dtype)
     taps = kernel.shape[:-2]
     places = math.prod(_TILE + size - 1 for size in taps if size > 1)
     exact = jnp.finfo(x.dtype).bits >= 32
     if stride > 1 or any(size % 2 == 0 for size in taps) or places > _MAX_PLACES or not exact:
-        return plain(x, kernel, stride=stride)
-    return _convolve(x, kernel)
+        return plain(x, kernel, stride=stride) + _everywhere(bias)
+    return _convolve(x, kernel, bias)
+
+
+def _everywhere(bias: jax.Array) -> jax.Array:
+    return bias.reshape(1, 1, 1, 1, -1)
 
 
 def _pays(x: jax.Array, kernel_shape: Sequence[int], channels: int) -> bool:
@@ -85,22 +96,24 @@ def _pays(x: jax.Array, kernel_shape: Sequence[int], channels: int) -> bool:
 
 
 @jax.custom_vjp
-def _convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def _convolve(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     small = _pieces(x, *_axes(kernel.shape))[1] == 1
-    if not _pays(x, kernel.shape, _MIN_CHANNELS_SMALL if small else _MIN_CHANNELS):
-        return plain(x, kernel)
-    return lax.platform_dependent(x, kernel, cpu=winograd, default=plain)
+    if _pays(x, kernel.shape, _MIN_CHANNELS_SMALL if small else _MIN_CHANNELS):
+        y = lax.platform_dependent(x, kernel, cpu=winograd, default=plain)
+    else:
+        y = plain(x, kernel)
+    return y + _everywhere(bias)
 
 
-def _convolve_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, Any]:
-    return _convolve(x, kernel), (x, kernel)
+def _convolve_forward(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> tuple[jax.Array, Any]:
+    return _convolve(x, kernel, bias), (x, kernel)
 
 
-def _convolve_backward(residuals: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _convolve_backward(residuals: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     x, kernel = residuals
 
     def plain_gradients(x: jax.Array, dy: jax.Array, kernel: jax.Array) -> Any:
-        return jax.vjp(plain, x, kernel)[1](dy)
+        return *jax.vjp(plain, x, kernel)[1](dy), dy.sum((0, 1, 2, 3))
 
     if not _pays(x, kernel.shape, _MIN_CHANNELS_SMALL):
         return plain_gradients(x, dy, kernel)
@@ -294,11 +307,11 @@ def _winograd_of(kernel: jax.Array) -> Callable[[jax.Array], jax.Array]:
 
 def gradients(
     x: Float[Array, "b t h w i"], dy: Float[Array, "b t h w o"], kernel: Float[Array, "... i o"]
-) -> tuple[Array, Array]:
-    """The gradients of `winograd`'s input and kernel, given that of its output.
+) -> tuple[Array, Array, Array]:
+    """The gradients of `winograd`'s input, of its kernel and of a bias, given that of its output.
 
-    Both come from one loop: apart, XLA puts off the kernels' gradients of all layers, which only
-    the optimiser reads, and keeps two maps per layer until then.
+    All come from one loop: apart, XLA puts off what only the optimiser reads, the gradients of all
+    kernels and biases, and keeps two maps per layer until then.
     """
     axes, taps = _axes(kernel.shape)
     axis, pieces = _pieces(x, axes, taps)
@@ -310,25 +323,29 @@ def gradients(
     else:
         backwards = functools.partial(plain, kernel=turned)
 
-    def tiles_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
-        tiles, gradients = _input_tiles(x, axes, taps), _gradient_tiles(dy, axes, taps)
-        return jnp.stack([_outer(a, b) for a, b in zip(tiles, gradients, strict=True)])
-
-    def add(total: jax.Array, piece: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        return total + tiles_gradient(*piece), backwards(piece[1])
+    def piece(x: jax.Array, dy: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        tiles, spread = _input_tiles(x, axes, taps), _gradient_tiles(dy, axes, taps)
+        outer = jnp.stack([_outer(a, b) for a, b in zip(tiles, spread, strict=True)])
+        return (outer, dy.sum((0, 1, 2, 3))), backwards(dy)
 
     if pieces == 1:
-        gradient, dx = tiles_gradient(x, dy), backwards(dy)
+        (gradient, of_bias), dx = piece(x, dy)
     else:
+
+        def add(sums: Any, maps: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
+            more, dx = piece(*maps)
+            return jax.tree.map(jnp.add, sums, more), dx
+
         cut = _cut(x, axis, pieces), _cut(dy, axis, pieces)
-        like = jax.eval_shape(tiles_gradient, cut[0][0], cut[1][0])
-        gradient, dx = lax.scan(add, jnp.zeros(like.shape, like.dtype), cut)
+        like = jax.eval_shape(piece, cut[0][0], cut[1][0])[0]
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
+        (gradient, of_bias), dx = lax.scan(add, zeros, cut)
         dx = _join(dx, axis)
     gradient = gradient.reshape(*(_TILE + size - 1 for size in taps), *kernel.shape[-2:])
     for number, size in enumerate(taps):
         matrix = jnp.asarray(winograd_matrices(_TILE, size)[1], x.dtype)
         gradient = jnp.moveaxis(jnp.tensordot(matrix.T, gradient, (1, number)), 0, number)
-    return dx, gradient.reshape(kernel.shape)
+    return dx, gradient.reshape(kernel.shape), of_bias
 
 
 def _kernel_tiles(kernel: jax.Array) -> Arrays:

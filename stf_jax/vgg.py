@@ -235,8 +235,9 @@ class Convolution(nn.Module):
         kernel = self.param("kernel", self.kernel_init, shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         dtype = x.dtype if self.dtype is None else self.dtype
-        y = convolve(x.astype(dtype), kernel.astype(dtype), stride=self.stride)
-        y = checkpoint_name(y + bias.astype(dtype).reshape(1, 1, 1, 1, -1), CONVOLUTION)
+        weights = kernel.astype(dtype), bias.astype(dtype)
+        y = convolve(x.astype(dtype), *weights, stride=self.stride)
+        y = checkpoint_name(y, CONVOLUTION)
         if self.norm_groups:
             y = GroupNorm(self.norm_groups, name="norm")(y)
         return relu(y) if self.relu else y

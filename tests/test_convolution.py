@@ -31,14 +31,18 @@ def test_winograd_equals_the_plain_convolution_and_its_gradients(monkeypatch, ta
         monkeypatch.setattr(convolution, name, 1)
     # Odd sizes: tiles stick out at the end.
     x, kernel, dy = drawn(2, 6, 7, 9, 6), drawn(*taps, 6, 5), drawn(2, 6, 7, 9, 5)
+    bias = drawn(5)
     pieces = convolution._pieces(x, *convolution._axes(kernel.shape))[1]
     assert (pieces > 1) == (piece == 2_000 and len(taps) < 3 and taps != (1, 1))
 
     def run(function):
-        y, pull = jax.vjp(function, x, kernel)
+        y, pull = jax.vjp(function, x, kernel, bias)
         return y, *pull(dy)
 
-    expected = jax.jit(functools.partial(run, plain))()
+    def slow(x, kernel, bias):
+        return plain(x, kernel) + bias.reshape(1, 1, 1, 1, -1)
+
+    expected = jax.jit(functools.partial(run, slow))()
     got = jax.jit(functools.partial(run, convolve))()
     for one, other in zip(got, expected, strict=True):
         assert one.shape == other.shape and far(one, other) < 1e-5
