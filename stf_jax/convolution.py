@@ -42,7 +42,11 @@ Arrays = list[jax.Array]
 
 
 def convolve(
-    x: Float[Array, "b t h w i"], kernel: Float[Array, "... i o"], *, stride: int = 1
+    x: Float[Array, "b t h w i"],
+    kernel: Float[Array, "... i o"],
+    bias: Float[Array, " o"] | None = None,
+    *,
+    stride: int = 1,
 ) -> Float[Array, "b t hh ww o"]:
     """Convolves a clip in space, in time or in both; zero padding keeps the size (SAME).
 
@@ -52,6 +56,7 @@ def convolve(
     Args:
       x: `b t h w i`.
       kernel: `h w i o` (space), `t i o` (time) or `t h w i o` (both), of the type of `x`.
+      bias: added to the result; None is none.
       stride: step in h and w; time is never thinned out.
 
     Returns:
@@ -70,12 +75,18 @@ def convolve(
             f"a kernel is 'h w i o', 't i o' (stride 1) or 't h w i o'; got shape {kernel.shape} "
             f"with stride {stride}"
         )
+    if bias is None:
+        bias = jnp.zeros(kernel.shape[-1:], x.dtype)
     taps = kernel.shape[:-2]
     places = math.prod(_TILE + size - 1 for size in taps if size > 1)
     exact = jnp.finfo(x.dtype).bits >= 32
     if stride > 1 or any(size % 2 == 0 for size in taps) or places > _MAX_PLACES or not exact:
-        return plain(x, kernel, stride=stride)
-    return _convolve(x, kernel)
+        return plain(x, kernel, stride=stride) + _everywhere(bias)
+    return _convolve(x, kernel, bias)
+
+
+def _everywhere(bias: jax.Array) -> jax.Array:
+    return bias.reshape(1, 1, 1, 1, -1)
 
 
 def _pays(x: jax.Array, kernel_shape: Sequence[int], channels: int) -> bool:
@@ -85,30 +96,28 @@ def _pays(x: jax.Array, kernel_shape: Sequence[int], channels: int) -> bool:
 
 
 @jax.custom_vjp
-def _convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def _convolve(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     small = _pieces(x, *_axes(kernel.shape))[1] == 1
-    if not _pays(x, kernel.shape, _MIN_CHANNELS_SMALL if small else _MIN_CHANNELS):
-        return plain(x, kernel)
-    return lax.platform_dependent(x, kernel, cpu=winograd, default=plain)
+    if _pays(x, kernel.shape, _MIN_CHANNELS_SMALL if small else _MIN_CHANNELS):
+        y = lax.platform_dependent(x, kernel, cpu=winograd, default=plain)
+    else:
+        y = plain(x, kernel)
+    return y + _everywhere(bias)
 
 
-def _convolve_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, Any]:
-    return _convolve(x, kernel), (x, kernel)
+def _convolve_forward(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> tuple[jax.Array, Any]:
+    return _convolve(x, kernel, bias), (x, kernel)
 
 
-def _convolve_backward(residuals: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _convolve_backward(residuals: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     x, kernel = residuals
-    # The gradient of the input is a convolution with the kernel turned round.
-    turned = jnp.swapaxes(jnp.flip(kernel, range(kernel.ndim - 2)), -1, -2)
-    dx = _convolve(dy, turned)
 
-    def plain_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
-        return jax.vjp(lambda kernel: plain(x, kernel), kernel)[1](dy)[0]
+    def plain_gradients(x: jax.Array, dy: jax.Array, kernel: jax.Array) -> Any:
+        return *jax.vjp(plain, x, kernel)[1](dy), dy.sum((0, 1, 2, 3))
 
     if not _pays(x, kernel.shape, _MIN_CHANNELS_SMALL):
-        return dx, plain_gradient(x, dy)
-    fast = functools.partial(winograd_kernel_gradient, kernel_shape=kernel.shape)
-    return dx, lax.platform_dependent(x, dy, cpu=fast, default=plain_gradient)
+        return plain_gradients(x, dy, kernel)
+    return lax.platform_dependent(x, dy, kernel, cpu=gradients, default=plain_gradients)
 
 
 _convolve.defvjp(_convolve_forward, _convolve_backward)
@@ -275,6 +284,15 @@ def _axes(kernel_shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]
 
 def winograd(x: Float[Array, "b t h w i"], kernel: Float[Array, "... i o"]) -> Array:
     """`plain` for odd kernels and stride 1, by matrix products of transformed tiles."""
+    axis, pieces = _pieces(x, *_axes(kernel.shape))
+    function = _winograd_of(kernel)
+    if pieces == 1:
+        return function(x)
+    return _join(lax.map(function, _cut(x, axis, pieces)), axis)
+
+
+def _winograd_of(kernel: jax.Array) -> Callable[[jax.Array], jax.Array]:
+    """`winograd` of a piece; transforms the kernel only once for all pieces."""
     axes, taps = _axes(kernel.shape)
     matrices = _kernel_tiles(kernel.reshape(*taps, *kernel.shape[-2:]))
 
@@ -284,25 +302,50 @@ def winograd(x: Float[Array, "b t h w i"], kernel: Float[Array, "... i o"]) -> A
         outputs = _output_tiles(products, axes, taps)
         return _interleave(outputs, axes, (*x.shape[:-1], kernel.shape[-1]))
 
-    return _in_pieces(piece, x, axes, taps)
+    return piece
 
 
-def winograd_kernel_gradient(
-    x: Float[Array, "b t h w i"], dy: Float[Array, "b t h w o"], kernel_shape: Sequence[int]
-) -> Array:
-    """The gradient of `winograd` with respect to its kernel, given that of its output."""
-    axes, taps = _axes(kernel_shape)
+def gradients(
+    x: Float[Array, "b t h w i"], dy: Float[Array, "b t h w o"], kernel: Float[Array, "... i o"]
+) -> tuple[Array, Array, Array]:
+    """The gradients of `winograd`'s input, of its kernel and of a bias, given that of its output.
 
-    def piece(x: jax.Array, dy: jax.Array) -> jax.Array:
-        tiles, gradients = _input_tiles(x, axes, taps), _gradient_tiles(dy, axes, taps)
-        return jnp.stack([_outer(a, b) for a, b in zip(tiles, gradients, strict=True)])
+    All come from one loop: apart, XLA puts off what only the optimiser reads, the gradients of all
+    kernels and biases, and keeps two maps per layer until then.
+    """
+    axes, taps = _axes(kernel.shape)
+    axis, pieces = _pieces(x, axes, taps)
+    # The gradient of the input is a convolution with the kernel turned round.
+    turned = jnp.swapaxes(jnp.flip(kernel, range(kernel.ndim - 2)), -1, -2)
+    channels = _MIN_CHANNELS_SMALL if pieces == 1 else _MIN_CHANNELS
+    if _pays(dy, turned.shape, channels):
+        backwards = _winograd_of(turned)
+    else:
+        backwards = functools.partial(plain, kernel=turned)
 
-    gradient = _sum_of_pieces(piece, x, dy, axes, taps)
-    gradient = gradient.reshape(*(_TILE + size - 1 for size in taps), *kernel_shape[-2:])
+    def piece(x: jax.Array, dy: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        tiles, spread = _input_tiles(x, axes, taps), _gradient_tiles(dy, axes, taps)
+        outer = jnp.stack([_outer(a, b) for a, b in zip(tiles, spread, strict=True)])
+        return (outer, dy.sum((0, 1, 2, 3))), backwards(dy)
+
+    if pieces == 1:
+        (gradient, of_bias), dx = piece(x, dy)
+    else:
+
+        def add(sums: Any, maps: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
+            more, dx = piece(*maps)
+            return jax.tree.map(jnp.add, sums, more), dx
+
+        cut = _cut(x, axis, pieces), _cut(dy, axis, pieces)
+        like = jax.eval_shape(piece, cut[0][0], cut[1][0])[0]
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
+        (gradient, of_bias), dx = lax.scan(add, zeros, cut)
+        dx = _join(dx, axis)
+    gradient = gradient.reshape(*(_TILE + size - 1 for size in taps), *kernel.shape[-2:])
     for number, size in enumerate(taps):
         matrix = jnp.asarray(winograd_matrices(_TILE, size)[1], x.dtype)
         gradient = jnp.moveaxis(jnp.tensordot(matrix.T, gradient, (1, number)), 0, number)
-    return gradient.reshape(kernel_shape)
+    return dx, gradient.reshape(kernel.shape), of_bias
 
 
 def _kernel_tiles(kernel: jax.Array) -> Arrays:
@@ -341,35 +384,7 @@ def _cut(x: jax.Array, axis: int, pieces: int) -> jax.Array:
     return jnp.moveaxis(x.reshape(shape), axis, 0)
 
 
-def _in_pieces(
-    function: Callable[[jax.Array], jax.Array],
-    x: jax.Array,
-    axes: Sequence[int],
-    taps: Sequence[int],
-) -> jax.Array:
-    """Applies a function that keeps the sizes of axes piece by piece."""
-    axis, pieces = _pieces(x, axes, taps)
-    if pieces == 1:
-        return function(x)
-    results = jnp.moveaxis(lax.map(function, _cut(x, axis, pieces)), 0, axis)
-    return results.reshape(*x.shape[:-1], results.shape[-1])
-
-
-def _sum_of_pieces(
-    function: Callable[[jax.Array, jax.Array], jax.Array],
-    x: jax.Array,
-    dy: jax.Array,
-    axes: Sequence[int],
-    taps: Sequence[int],
-) -> jax.Array:
-    """The sum of a function over pieces of both arrays."""
-    axis, pieces = _pieces(x, axes, taps)
-    if pieces == 1:
-        return function(x, dy)
-
-    def add(total: jax.Array, piece: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        return total + function(*piece), None
-
-    cut = _cut(x, axis, pieces), _cut(dy, axis, pieces)
-    like = jax.eval_shape(function, cut[0][0], cut[1][0])
-    return lax.scan(add, jnp.zeros(like.shape, like.dtype), cut)[0]
+def _join(pieces: jax.Array, axis: int) -> jax.Array:
+    """Undoes `_cut`."""
+    x = jnp.moveaxis(pieces, 0, axis)
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])

@@ -71,8 +71,10 @@ def layer_costs(settings: Settings, num_classes: int, batch: int = 1) -> list[La
 
     def forward(params: Params, rgb: jax.Array, flow: jax.Array) -> jax.Array:
         with nn.intercept_methods(record):
-            logits: Any = network.apply({"params": params}, rgb, flow, train=False)[0]
-        return logits
+            # As in training: without a backward pass a CPU computes some layers in pieces.
+            rngs = {"dropout": jax.random.key(0)}
+            outcome: Any = network.apply({"params": params}, rgb, flow, train=True, rngs=rngs)
+        return outcome[0]
 
     jaxpr = jax.make_jaxpr(forward)(params, *_clips(settings, batch))
     sizes = {name: math.prod(leaf.shape) for name, leaf in _by_path(params).items()}

@@ -100,7 +100,10 @@ class RematSettings:
 @functools.cache
 def _remat(module: type[nn.Module], how: str) -> Any:
     """The class of a stream that forgets; cached, because equal networks need equal classes."""
-    return module if how == "none" else nn.remat(module, policy=_REMAT[how])
+    if how == "none":
+        return module
+    train = 2  # the argument's place, counted with self
+    return nn.remat(module, policy=_REMAT[how], static_argnums=train)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,13 +281,13 @@ class ActionNetwork(nn.Module):
         features: dict[str, Array] = {}
         maps = []
         if self.spatial is not None:
-            blocks = self.spatial(rgb)
+            blocks = self.spatial(rgb, train)
             features |= {f"rgb_{name}": block for name, block in blocks.items()}
             last = blocks["block5"]
             features["rgb_map"] = last if views is None else take_views(last, views)
             maps.append(features["rgb_map"])
         if self.temporal is not None:
-            blocks = self.temporal(flow, views)
+            blocks = self.temporal(flow, train, views)
             features |= {f"flow_{name}": block for name, block in blocks.items()}
             features["flow_map"] = blocks["conv3d2"]
             maps.append(blocks["conv3d2"])

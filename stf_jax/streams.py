@@ -131,13 +131,16 @@ class SpatialStream(nn.Module):
     dtype: DTypeLike | None = None
 
     @nn.compact
-    def __call__(self, rgb: Float[Array, "b t h w 3"]) -> dict[str, Float[Array, "b t _h _w _c"]]:
+    def __call__(
+        self, rgb: Float[Array, "b t h w 3"], train: bool = True
+    ) -> dict[str, Float[Array, "b t _h _w _c"]]:
         """Returns the output of every block; 'block5' is the map, h and w divided by 16."""
         return vgg_blocks(
             rgb,
             width=self.width,
             last="block5_conv3",
             norm_groups=self.norm_groups,
+            train=train,
             dtype=self.dtype,
         )
 
@@ -258,12 +261,16 @@ class TemporalStream(nn.Module):
 
     @nn.compact
     def __call__(
-        self, flow: Float[Array, "b n h w c"], views: Int[Array, "v t"] | None = None
+        self,
+        flow: Float[Array, "b n h w c"],
+        train: bool = True,
+        views: Int[Array, "v t"] | None = None,
     ) -> dict[str, Float[Array, "_b _t _h _w _c"]]:
         """Maps stacks of flow to the output of every block and 3-D layer.
 
         Args:
           flow: float32 `b n h w c`.
+          train: as in `vgg_blocks`.
           views: which of the n stacks make up each of v clips (see `ActionNetwork`); None is one
             clip of all of them, in their order.
 
@@ -277,6 +284,7 @@ class TemporalStream(nn.Module):
             width=self.width,
             last="block4_conv2",
             norm_groups=groups,
+            train=train,
             dtype=dtype,
             first_init=kernel_init("he" if init == "inflate" else init),
         )

@@ -3,10 +3,11 @@
 import dataclasses
 import functools
 import hashlib
+import itertools
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,13 @@ CONVOLUTION, BLOCK = "convolution", "block"
 # Channels of a block in multiples of the first block's, and its number of convolutions.
 _BLOCKS = ((1, 2), (2, 2), (4, 3), (8, 3), (8, 3))
 _WIDTH = 64  # channels of the first block in the published network
+
+# Without a backward pass, frames go through the blocks in pieces whose largest map has this size at
+# most, bytes: below it, matrix products of the last blocks become too small to be fast.
+_FRAMES = 80 * 2**20
+
+# From which size on, bytes, a CPU pools a map frame by frame.
+_LARGE = 2**24
 
 
 def check_setting(ok: bool, key: str, got: object, allowed: str) -> None:
@@ -82,6 +90,19 @@ def _max_pool_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     again, a rounding apart, and then the gradient is lost; besides, an index takes a sixteenth of
     the memory.
     """
+    if x.nbytes < _LARGE:
+        return _largest_of_cells(x)
+
+    def frame_by_frame(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        best, place = lax.map(_largest_of_cells, rearrange(x, "b t h w c -> t b 1 h w c"))
+        return tuple(rearrange(a, "t b 1 h w c -> b t h w c") for a in (best, place))
+
+    # XLA would find the place only when the backward pass reads it, and keep the whole map until
+    # then. It does not put off what a loop returns.
+    return lax.platform_dependent(x, cpu=frame_by_frame, default=_largest_of_cells)
+
+
+def _largest_of_cells(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     best, place = x[:, :, ::2, ::2], jnp.zeros((), jnp.uint8)
     for number, (row, column) in enumerate(((0, 1), (1, 0), (1, 1)), start=1):
         cell = x[:, :, row::2, column::2]
@@ -214,8 +235,9 @@ class Convolution(nn.Module):
         kernel = self.param("kernel", self.kernel_init, shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         dtype = x.dtype if self.dtype is None else self.dtype
-        y = convolve(x.astype(dtype), kernel.astype(dtype), stride=self.stride)
-        y = checkpoint_name(y + bias.astype(dtype).reshape(1, 1, 1, 1, -1), CONVOLUTION)
+        weights = kernel.astype(dtype), bias.astype(dtype)
+        y = convolve(x.astype(dtype), *weights, stride=self.stride)
+        y = checkpoint_name(y, CONVOLUTION)
         if self.norm_groups:
             y = GroupNorm(self.norm_groups, name="norm")(y)
         return relu(y) if self.relu else y
@@ -227,6 +249,7 @@ def vgg_blocks(
     width: int,
     last: str,
     norm_groups: int,
+    train: bool,
     dtype: DTypeLike | None = None,
     first_init: nn.initializers.Initializer = HE_NORMAL,
 ) -> dict[str, Float[Array, "b t _h _w _c"]]:
@@ -240,6 +263,8 @@ def vgg_blocks(
       width: channels of block 1; the blocks have `width` times 1, 2, 4, 8, 8.
       last: name of the last convolution, such as 'block5_conv3'.
       norm_groups: as in `Convolution`.
+      train: whether a backward pass follows. If none does, a CPU takes a few frames at a time
+        through all blocks and keeps less.
       dtype: as in `Convolution`.
       first_init: how the first kernel starts; the others are He-normal.
 
@@ -248,30 +273,71 @@ def vgg_blocks(
 
     Source: SPEC 3.4, 3.5. Differs: no.
     """
-    outputs: dict[str, Array] = {}
+    layers: dict[str, Convolution] = {}
     for block, (multiple, count) in enumerate(_BLOCKS, start=1):
         for conv in range(1, count + 1):
+            if last in layers:
+                break
             name = f"block{block}_conv{conv}"
-            init = first_init if name == "block1_conv1" else HE_NORMAL
-            x = Convolution(
+            layers[name] = Convolution(
                 width * multiple,
                 (3, 3),
                 norm_groups=norm_groups,
                 relu=False,
-                kernel_init=init,
+                kernel_init=HE_NORMAL if layers else first_init,
                 dtype=dtype,
                 name=name,
-            )(x)
-            if name == last:
-                outputs[f"block{block}"] = checkpoint_name(relu(x), BLOCK)
-                return outputs
-            if conv == count:
-                outputs[f"block{block}"] = relu(x)
-                # The larger of two values is clipped like each of them: pooling first leaves a
-                # quarter to be clipped, and to be kept for the backward pass.
-                x = pool2x2(x)
-            x = checkpoint_name(relu(x), BLOCK) if conv == count else relu(x)
-    raise ValueError(f"VGG-16 has no convolution {last!r}: block1_conv1 to block5_conv3")
+            )
+    if last not in layers:
+        raise ValueError(f"VGG-16 has no convolution {last!r}: block1_conv1 to block5_conv3")
+    frames, largest = x.shape[1], math.prod(x.shape[:-1]) * width * x.dtype.itemsize
+    fitting = (n for n in range(1, frames + 1) if frames % n == 0 and largest <= n * _FRAMES)
+    pieces = next(fitting, frames)
+    # Statistics of a normalisation are those of the whole clip.
+    if train or norm_groups or pieces == 1 or layers[last].is_initializing():
+        return _through(layers, x)
+    return _through_in_pieces(layers, x, pieces)
+
+
+def _through(layers: Mapping[str, Callable[[Array], Array]], x: Array) -> dict[str, Array]:
+    """The outputs of the blocks that layers, each without its ReLU, make up."""
+    outputs = {}
+    for name, following in itertools.zip_longest(layers, list(layers)[1:], fillvalue=""):
+        x = layers[name](x)
+        block = name.partition("_")[0]
+        if following.startswith(block):
+            x = relu(x)
+        elif following:
+            outputs[block] = relu(x)
+            # The larger of two values is clipped like each of them: pooling first leaves a
+            # quarter to be clipped, and to be kept for the backward pass.
+            x = checkpoint_name(relu(pool2x2(x)), BLOCK)
+        else:
+            outputs[block] = checkpoint_name(relu(x), BLOCK)
+    return outputs
+
+
+def _through_in_pieces(
+    layers: Mapping[str, Convolution], x: Array, pieces: int
+) -> dict[str, Array]:
+    """As `_through`, on a CPU for equal pieces of the frames, one after the other."""
+    unbound = {name: layer.unbind() for name, layer in layers.items()}
+    weights = {name: variables for name, (_, variables) in unbound.items()}
+
+    def whole(x: Array, weights: Mapping[str, Any]) -> dict[str, Array]:
+        def layer(name: str, x: Array) -> Array:
+            with jax.named_scope(name):  # which its module has lost with its parent
+                module: Any = unbound[name][0]
+                return module.apply(weights[name], x)
+
+        return _through({name: functools.partial(layer, name) for name in layers}, x)
+
+    def in_pieces(x: Array, weights: Mapping[str, Any]) -> dict[str, Array]:
+        cut = rearrange(x, "b (n t) h w c -> n b t h w c", n=pieces)
+        outputs = lax.map(lambda piece: whole(piece, weights), cut)
+        return {k: rearrange(y, "n b t h w c -> b (n t) h w c") for k, y in outputs.items()}
+
+    return lax.platform_dependent(x, weights, cpu=in_pieces, default=whole)
 
 
 def vgg16_shapes() -> dict[str, tuple[int, ...]]:

@@ -1,8 +1,10 @@
 """The trunk against Keras's own VGG16, and the port of its weights."""
 
+import functools
 import hashlib
 import warnings
 
+import flax.linen as nn
 import h5py
 import jax
 import jax.numpy as jnp
@@ -294,3 +296,44 @@ def test_group_normalisation_takes_the_statistics_of_one_clip_and_group():
 def test_a_kernel_of_another_rank_is_refused():
     with pytest.raises(ValueError, match=r"kernel is 'h w i o'.*\(3, 3\)"):
         vgg.convolve(jnp.zeros((1, 1, 4, 4, 3)), jnp.zeros((3, 3)))
+
+
+@pytest.mark.parametrize("last", ["block5_conv3", "block4_conv2"])
+def test_without_a_backward_pass_a_cpu_takes_a_few_frames_at_a_time(monkeypatch, last):
+    class Trunk(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            return vgg.vgg_blocks(x, width=4, last=last, norm_groups=0, train=train)
+
+    x = jax.random.normal(KEY, (2, 6, 32, 32, 3))
+    monkeypatch.setattr(vgg, "_FRAMES", 2 * 2 * 32 * 32 * 4 * 4)  # two frames of two clips
+    params = jax.jit(functools.partial(Trunk().init, train=False))(KEY, x)
+    whole, pieces = (
+        jax.jit(functools.partial(Trunk().apply, train=train)) for train in (True, False)
+    )
+    expected, got = whole(params, x), pieces(params, x)
+    assert list(got) == list(expected)
+    for name, block in expected.items():
+        np.testing.assert_allclose(got[name], block, atol=1e-6 * float(jnp.abs(block).max()))
+    assert "2x2x32x32x4xf32" in pieces.lower(params, x).as_text()
+    on_gpu = jax.export.export(pieces, platforms=["cuda"])(params, x).mlir_module()
+    assert "stablehlo.while" not in on_gpu and on_gpu.count("stablehlo.convolution") == len(
+        params["params"]
+    )
+
+
+def test_large_maps_are_pooled_frame_by_frame_on_a_cpu_only(monkeypatch):
+    x, dy = (jax.random.normal(KEY, (2, 3, height, height, 4)) for height in (6, 3))
+
+    def run(x, dy):
+        y, pull = jax.vjp(lambda x: vgg.pool2x2(x), x)
+        return y, *pull(dy)
+
+    expected = jax.jit(lambda *a: run(*a))(x, dy)
+    monkeypatch.setattr(vgg, "_LARGE", 1)
+    frames = jax.jit(lambda *a: run(*a))
+    for one, other in zip(frames(x, dy), expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+    for platform, loops in (("cpu", 1), ("cuda", 0)):
+        text = jax.export.export(frames, platforms=[platform])(x, dy).mlir_module()
+        assert text.count("stablehlo.while") == loops

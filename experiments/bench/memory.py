@@ -1,6 +1,6 @@
 """The memory that compiled programs need, as XLA plans it: what `remat` and the order save.
 
-    python experiments/bench/memory.py
+    python experiments/bench/memory.py [--table=FILE]
 
 Compiles the scoring and the training step at paper scale (one clip) and laptop scale (four), runs
 nothing, and writes experiments/results/bench_memory.csv: `work_space_mb` is XLA's temporary memory
@@ -18,7 +18,7 @@ from absl import app, flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-_OUT = flags.DEFINE_string("out", "experiments/results/bench_memory.csv", "The table.")
+_OUT = flags.DEFINE_string("table", "experiments/results/bench_memory.csv", "The table.")
 
 ORDERS = {
     "least memory": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
