@@ -121,7 +121,7 @@ class RecordSettings:
             )
 
     @classmethod
-    def of(cls, card: Mapping[str, Any]) -> "RecordSettings":
+    def of(cls, card: Any) -> "RecordSettings":
         """The settings of a configuration's `records`."""
         return cls(**{**card, "tvl1": optical_flow.TvL1Settings(**card["tvl1"])})
 
