@@ -189,10 +189,17 @@ def environment() -> dict[str, str]:
         "jax", "flax", "optax", "orbax-checkpoint", "tensorflow-cpu", "av", "numpy",
         "opencv-contrib-python-headless",
     )  # fmt: skip
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    described = subprocess.run(git, capture_output=True, text=True, check=False)
+    git = ["git", "-C", str(Path(__file__).parent.parent)]
+    commit, changed = (
+        subprocess.run([*git, *words], capture_output=True, text=True, check=False).stdout.strip()
+        # Result files are written by what is described here.
+        for words in (
+            ["describe", "--always"],
+            ["status", "--porcelain", "--untracked-files=no", "--", ".", ":!experiments/results"],
+        )
+    )
     return {
-        "commit": described.stdout.strip() or "unknown (no git checkout)",
+        "commit": (commit + "-dirty" * bool(changed)) or "unknown (no git checkout)",
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in names},
         "devices": ", ".join(device.device_kind for device in jax.devices()),
