@@ -15,6 +15,7 @@ Writes experiments/results/bench_model.csv; a case that is there already is repl
   ratio           ours / theirs: below 1 is faster
   ours_peak_mb    resident memory at its highest while timed, less that after the imports
   theirs_peak_mb  the same of PyTorch
+  loss            of stf_jax's last step, on noise for clips
   gflops_per_s    multiply-adds of the layers x 2 / ours_s; a backward pass counts twice a forward
                   one, less what frozen layers and the first layers leave out
 Whatever algorithm does it, the multiply-adds are those of the plain one.
@@ -77,7 +78,7 @@ def multiply_adds(settings: Any, work: str) -> int:
     return total
 
 
-def _ours(scale: str, work: str) -> Callable[[], None]:
+def _ours(scale: str, work: str) -> Callable[[], float | None]:
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -111,7 +112,7 @@ def _ours(scale: str, work: str) -> Callable[[], None]:
     state = place(initial_state(params, settings.optimizer), settings.mesh)
     key = jax.random.key(0)
 
-    def step() -> None:
+    def step() -> float:
         nonlocal state
         state, loss = train_step(
             state,
@@ -125,6 +126,7 @@ def _ours(scale: str, work: str) -> Callable[[], None]:
             mesh=settings.mesh,
         )
         jax.block_until_ready((state, loss))
+        return float(loss)
 
     return step
 
@@ -175,7 +177,7 @@ def _peak_mb() -> float:
 
 
 def _work(
-    pipe: Connection, imports: str, make: Callable[..., Callable[[], None]], args: Any
+    pipe: Connection, imports: str, make: Callable[..., Callable[[], Any]], args: Any
 ) -> None:
     """A process of one framework: makes the case, warms up, then runs when it is told to."""
     for name in imports.split():
@@ -190,11 +192,12 @@ def _work(
     free(0)
     Path("/proc/self/clear_refs").write_text("5")
     pipe.send("ready")
+    loss = None
     while pipe.recv() == "run":
         began = time.perf_counter()
-        run()
+        loss = run()
         pipe.send(time.perf_counter() - began)
-    pipe.send(_peak_mb() - baseline)
+    pipe.send((_peak_mb() - baseline, loss))
 
 
 def time_case(scale: str, work: str, rounds: int) -> dict[str, Any]:
@@ -219,10 +222,10 @@ def time_case(scale: str, work: str, rounds: int) -> dict[str, Any]:
         for name in sides if number % 2 == 0 else reversed(sides):
             pipes[name].send("run")
             seconds[name].append(pipes[name].recv())
-    peaks = {}
+    peaks, losses = {}, {}
     for name in sides:
         pipes[name].send("end")
-        peaks[name] = pipes[name].recv()
+        peaks[name], losses[name] = pipes[name].recv()
     for process in processes:
         process.join()
     medians = {name: statistics.median(values) for name, values in seconds.items()}
@@ -235,6 +238,7 @@ def time_case(scale: str, work: str, rounds: int) -> dict[str, Any]:
         "ratio": round(medians["ours"] / medians["theirs"], 3),
         "ours_peak_mb": round(peaks["ours"]),
         "theirs_peak_mb": round(peaks["theirs"]),
+        "loss": "" if losses["ours"] is None else round(losses["ours"], 4),
         "gflops_per_s": round(2 * macs / medians["ours"] / 1e9, 1),
         "ours_spread_s": round(spreads["ours"], 4),
         "theirs_spread_s": round(spreads["theirs"], 4),
@@ -269,6 +273,7 @@ def time_matrix_product(rounds: int, side: int = 4096) -> dict[str, Any]:
         "ratio": round(statistics.median(a) / statistics.median(b), 3),
         "ours_peak_mb": "",
         "theirs_peak_mb": "",
+        "loss": "",
         "gflops_per_s": round(2 * side**3 / statistics.median(a) / 1e9, 1),
         "ours_spread_s": round((max(a) - min(a)) / 2, 4),
         "theirs_spread_s": round((max(b) - min(b)) / 2, 4),
