@@ -228,7 +228,7 @@ def test_a_small_file_system_that_fills_up(tmp_path, monkeypatch):
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(place)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("mounting a small file system needs root")
+        pytest.skip(reason="mounting a small file system needs root")
     try:
         monkeypatch.setattr(Checkpoints, "check_space", lambda *_: None)
         checkpoints = _store(place / "c", steps=(1,))
