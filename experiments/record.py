@@ -100,7 +100,8 @@ def csv_table(name: str) -> str:
     fixed = ", ".join(f"{key} {rows[0][key]}" for key in rows[0] if key not in varying)
     lines = [varying, ["---"] * len(varying), *([row[key] for key in varying] for row in rows)]
     shown = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"{shown}\n\n[{name}.csv](experiments/results/{name}.csv): {fixed}."
+    source = f"[{name}.csv](experiments/results/{name}.csv)"
+    return f"{shown}\n\n{source}: {fixed}." if fixed else f"{shown}\n\n{source}"
 
 
 def update(text: str, records: dict[str, dict[str, Any]]) -> str:

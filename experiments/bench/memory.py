@@ -5,8 +5,7 @@
 Compiles the scoring and the training step at paper scale (one clip) and laptop scale (four), runs
 nothing, and writes experiments/results/bench_memory.csv: `kept_mb` is what the forward pass hands
 to the backward pass, `work_space_mb` XLA's temporary memory (that, and maps and gradients in
-passing), `arguments_mb` weights, state and the batch. XLA's compiler for CPUs does at once what
-`remat` puts off to the backward pass: it saves memory on GPUs.
+passing), `arguments_mb` weights, state and the batch.
 """
 
 import csv
