@@ -22,7 +22,6 @@ Writes experiments/results/bench_data.csv; a case that is there already is repla
                 of clips/s above 1 is faster, of ms below 1
 """
 
-import csv
 import dataclasses
 import os
 import statistics
@@ -40,6 +39,7 @@ from absl import app, flags
 # Cards are not part of the installed package.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from experiments.bench.table import write_rows  # noqa: E402
 from stf_jax import host  # noqa: E402
 
 _CLIPS = flags.DEFINE_integer("clips", 48, "Videos of the set, and clips of a pass.")
@@ -387,21 +387,6 @@ def _row(case: str, unit: str, ours: list[float], theirs: list[float]) -> dict[s
         paired = [a / b for a, b in zip(ours, theirs, strict=True)]
         row["ratio"] = round(statistics.median(paired), 3)
     return row
-
-
-def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Puts rows into the table, each in the place of an older one of its case."""
-    cases = {row["case"] for row in rows}
-    old: list[dict[str, Any]] = []
-    if path.exists():
-        with open(path, newline="", encoding="utf-8") as file:
-            old = [row for row in csv.DictReader(file) if row["case"] not in cases]
-    columns = list(dict.fromkeys(name for row in [*rows, *old] for name in row))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, restval="")
-        writer.writeheader()
-        writer.writerows([*old, *rows])
 
 
 def _origin() -> dict[str, Any]:

@@ -21,12 +21,10 @@ Writes experiments/results/bench_model.csv; a case that is there already is repl
 Whatever algorithm does it, the multiply-adds are those of the plain one.
 """
 
-import csv
 import ctypes
 import functools
 import gc
 import multiprocessing
-import platform
 import resource
 import statistics
 import sys
@@ -41,6 +39,7 @@ from absl import app, flags
 # Cards and the PyTorch network are not part of the installed package.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from experiments.bench.table import processor, write_rows  # noqa: E402
 from stf_jax import host  # noqa: E402
 
 _SCALES = flags.DEFINE_list("scales", ["laptop", "paper"], "Which of laptop, paper.")
@@ -291,28 +290,8 @@ def _origin() -> dict[str, str]:
         "commit": facts["commit"],
         "jax": facts["jax"],
         "torch": importlib.metadata.version("torch"),
-        "machine": f"{facts['machine']}, {_processor()}",
+        "machine": f"{facts['machine']}, {processor()}",
     }
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or "unknown processor"
-
-
-def write_row(path: Path, row: dict[str, Any]) -> None:
-    """Puts a row into the table, in the place of an older one of its case."""
-    rows = []
-    if path.exists():
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = [old for old in csv.DictReader(file) if old["case"] != row["case"]]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(row))
-        writer.writeheader()
-        writer.writerows([*rows, row])
 
 
 def main(argv: Sequence[str]) -> None:
@@ -331,7 +310,7 @@ def main(argv: Sequence[str]) -> None:
     for make in cases:
         row = make() | origin
         print(", ".join(f"{k} {v}" for k, v in row.items() if k not in origin), flush=True)
-        write_row(Path(_OUT.value), row)
+        write_rows(Path(_OUT.value), [row])
 
 
 if __name__ == "__main__":

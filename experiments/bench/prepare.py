@@ -13,7 +13,6 @@ Writes experiments/results/bench_data.csv; a case that is there already is repla
   ratio           ours / theirs: of rates, above 1 is faster
 """
 
-import csv
 import functools
 import io
 import math
@@ -34,6 +33,8 @@ from absl import app, flags
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from experiments.bench.table import processor, write_rows  # noqa: E402
 
 _CLIPS = flags.DEFINE_integer("clips", 32, "Videos to prepare.")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Times that the whole is timed.")
@@ -297,29 +298,11 @@ def _row(
     return row
 
 
-def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Puts rows into the table, in the place of older ones of their cases."""
-    kept: list[dict[str, Any]] = []
-    cases = {row["case"] for row in rows}
-    if path.exists():
-        with open(path, newline="", encoding="utf-8") as file:
-            kept = [old for old in csv.DictReader(file) if old["case"] not in cases]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows([*kept, *rows])
-
-
 def _origin() -> dict[str, str]:
     from stf_jax.main import environment
 
     facts = environment()
-    model = "unknown processor"
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            model = line.partition(":")[2].strip()
-    return {"commit": facts["commit"], "machine": f"{facts['machine']}, {model}"}
+    return {"commit": facts["commit"], "machine": f"{facts['machine']}, {processor()}"}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -334,7 +317,7 @@ def main(argv: Sequence[str]) -> None:
     rows += [whole_rates(clips, _ROUNDS.value, name) for name in _ALGORITHMS.value]
     for row in rows:
         print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-    write_rows(Path(_OUT.value), [row | origin for row in rows])
+    write_rows(Path(_OUT.value), [row | origin for row in rows], COLUMNS)
 
 
 if __name__ == "__main__":
