@@ -1,5 +1,6 @@
 # make demo   videos -> flow -> records -> two stages -> evaluation -> report, in runs/demo
 # make test   the whole test suite
+# make test-slow  the checks that are too long for it
 # make test-beam  preparation on Apache Beam, in an environment of its own (.venv-beam)
 # make check  lint, formatting and types
 # make install EXTRAS=cuda12   the GPU build of JAX instead of the CPU one
@@ -14,7 +15,7 @@ comma := ,
 # Set-up is redone when one of these changes; the stamp's name remembers the extras.
 STAMP := .venv/.installed$(if $(EXTRAS),-$(subst $(comma),-,$(EXTRAS)))
 
-.PHONY: install demo test test-beam check clean
+.PHONY: install demo test test-slow test-beam check clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -37,6 +38,9 @@ demo: $(READY)
 # Two processes, however many cores: each holds JAX and TensorFlow, about 3 GB at the most.
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow
 
 # tfds, on the older protobuf that Beam needs, warns of a method that is going to go.
 test-beam: .venv-beam/.installed
