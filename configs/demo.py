@@ -24,6 +24,13 @@ def get_config() -> ConfigDict:
     # Devices share the clips of a batch; of these, so many also share the largest matrices.
     config.model_devices = 1
     config.pretrained = "none"  # VGG's weights do not fit one eighth of its width
+    # Or from a trained run's best weights, for other classes too.
+    config.transfer = {
+        "source": "",  # its folder
+        "rename": (),  # (expression, replacement) pairs that turn its paths into this network's
+        "fresh": ("(.*/)?head/.*",),  # starts anew if classes are others, or none there fits
+        "unused": (),  # expressions: what may be left out
+    }
 
     config.data = {
         "name": "demo",
@@ -94,6 +101,7 @@ def get_config() -> ConfigDict:
         "saturation": 0.0,
         "hue": 0.0,  # of the circle, at most 0.5
         "mixup": 0.0,  # alpha of its Beta distribution, such as 0.2
+        "label_smoothing": 0.0,  # share of the target spread over all classes, such as 0.1
     }
     config.model = {
         "width": 8,
@@ -129,7 +137,13 @@ def get_config() -> ConfigDict:
         "head": {"combine": "project", "pool": "mean_logits"},
         "drop": {"input": 0.0, "output": 0.0, "semantics": "drop"},  # no time to wait for it
     }
-    config.optimizer = {"name": "adam", "weight_decay": 0.05, "clip": 5.0, "freeze": ()}
+    config.optimizer = {
+        "name": "adam",  # sgdm, rmsprop
+        "weight_decay": 0.05,
+        "clip": 5.0,  # norm of the gradient; 0: none
+        "accumulate": 1,  # parts that a batch is worked through in: less memory, the same update
+        "ema": 0.0,  # decay of averaged weights, such as 0.999; 0: none
+    }
     stage = {
         "learning_rate": 1e-3,
         "schedule": "cosine",
@@ -139,6 +153,8 @@ def get_config() -> ConfigDict:
         "max_epochs": 12,
         "patience": 12,
         "min_delta": 0.001,  # 0.1 points
+        # Factors of the rate by parameter path, the first that matches; 0 freezes.
+        "rates": ((".*", 1.0),),
     }
     config.stages = {"first": stage, "second": {**stage, "learning_rate": 1e-4, "max_epochs": 2}}
     config.stage_order = ("first", "second")

@@ -33,6 +33,13 @@ def get_config(presets: str = "") -> ConfigDict:
     config.model_devices = 1
     # Where the first stage starts: 'keras' (ImageNet, downloaded once), a .h5 file, or 'none'.
     config.pretrained = "keras"
+    # Or from a trained run's best weights, for other classes too.
+    config.transfer = {
+        "source": "",  # its folder
+        "rename": (),  # (expression, replacement) pairs that turn its paths into this network's
+        "fresh": ("(.*/)?head/.*",),  # starts anew if classes are others, or none there fits
+        "unused": (),  # expressions: what may be left out
+    }
 
     config.data = {
         "name": "folder",
@@ -103,6 +110,7 @@ def get_config(presets: str = "") -> ConfigDict:
         "saturation": 0.0,
         "hue": 0.0,  # of the circle, at most 0.5
         "mixup": 0.0,  # alpha of its Beta distribution, such as 0.2
+        "label_smoothing": 0.0,  # share of the target spread over all classes, such as 0.1
     }
     config.model = {
         "width": 64,
@@ -138,7 +146,13 @@ def get_config(presets: str = "") -> ConfigDict:
         "head": {"combine": "project", "pool": "mean_logits"},
         "drop": {"input": 0.5, "output": 0.25, "semantics": "drop"},
     }
-    config.optimizer = {"name": "adam", "weight_decay": 0.0, "clip": 5.0, "freeze": ()}
+    config.optimizer = {
+        "name": "adam",  # sgdm, rmsprop
+        "weight_decay": 0.0,
+        "clip": 5.0,  # norm of the gradient; 0: none
+        "accumulate": 1,  # parts that a batch is worked through in: less memory, the same update
+        "ema": 0.0,  # decay of averaged weights, such as 0.999; 0: none
+    }
     stage = {
         "learning_rate": 1e-5,
         "schedule": "constant",
@@ -148,6 +162,8 @@ def get_config(presets: str = "") -> ConfigDict:
         "max_epochs": 30,
         "patience": 5,  # epochs
         "min_delta": 0.001,  # 0.1 points
+        # Factors of the rate by parameter path, the first that matches; 0 freezes.
+        "rates": ((".*", 1.0),),
     }
     config.stages = {"first": stage, "second": {**stage, "learning_rate": 1e-6, "max_epochs": 15}}
     config.stage_order = ("first", "second")

@@ -43,6 +43,8 @@ class AugmentSettings:
       hue: hues are turned by up to this share of the full circle, either way.
       mixup: alpha of the Beta distribution that shares are drawn from, 0 for none: every clip is
         mixed with the next one of its batch, and so are their losses.
+      label_smoothing: this share of the target is spread over all classes alike (Szegedy et al.,
+        CVPR 2016).
 
     Raises:
       ValueError: an impossible value (names it).
@@ -58,6 +60,7 @@ class AugmentSettings:
     saturation: float
     hue: float
     mixup: float
+    label_smoothing: float
 
     def __post_init__(self) -> None:
         """Checks the values; lists, as stored runs have them, become tuples."""
@@ -83,6 +86,10 @@ class AugmentSettings:
                 )
         if self.mixup < 0:
             raise ValueError(f"augment.mixup must not be negative, got {self.mixup}")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(
+                f"augment.label_smoothing must be in [0, 1), got {self.label_smoothing}"
+            )
 
     @property
     def moves(self) -> bool:

@@ -1,4 +1,4 @@
-"""Saving and restoring a run with orbax, and the one decision where weights come from."""
+"""Saving and restoring a run with orbax."""
 
 import dataclasses
 import hashlib
@@ -9,7 +9,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent import futures
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,7 @@ from jax.experimental import multihost_utils
 
 from stf_jax import progress
 from stf_jax.model import Params
-from stf_jax.optim import parameter_path
-from stf_jax.vgg import find_vgg16, port_vgg16, read_vgg16
+from stf_jax.optim import by_path, parameter_path
 
 # Orbax reports every internal timing, and JAX every kind of device that is not there.
 for _chatty in ("absl", "jax"):
@@ -108,7 +107,7 @@ class Checkpoints:
         if any(copy.step == step for copy in self._found()):
             return
         self.check_space(tree)
-        arrays = _flat(tree)
+        arrays = by_path(tree)
         if jax.process_count() > 1:
             self._write(step, arrays, dict(record))
             return
@@ -138,7 +137,8 @@ class Checkpoints:
         """Reads the newest whole checkpoint.
 
         Args:
-          like: a tree of the expected structure, shapes and dtypes (arrays or their shapes).
+          like: a tree of the expected structure, shapes and dtypes (arrays or their shapes); None
+            takes what there is, as a dict of arrays by path.
           set_aside: rename damaged ones, so that they are not met again; for who alone may write.
 
         Returns:
@@ -237,11 +237,6 @@ def _barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def _flat(tree: Any) -> dict[str, Any]:
-    """The leaves by their paths: the same names whatever kinds of containers hold them."""
-    return {parameter_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
 def _bytes(tree: Any) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
@@ -325,20 +320,25 @@ def _read(folder: Path, like: Any) -> Any:
     """The tree of a whole checkpoint in the structure of `like`."""
     path = (folder / "tree").absolute()
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-        _check_same_leaves(checkpointer.metadata(path).item_metadata.tree, like, folder)
+        stored = checkpointer.metadata(path).item_metadata.tree
+        if like is not None:
+            _check_same_leaves(stored, like, folder)
+        leaves = by_path(stored if like is None else like)
         wanted = {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in _flat(like).items()
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in leaves.items()
         }
         arrays = checkpointer.restore(path, args=ocp.args.StandardRestore(wanted))
+    if like is None:
+        return arrays
     return jax.tree_util.tree_map_with_path(lambda p, _: arrays[parameter_path(p)], like)
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(leaf.shape) for name, leaf in _flat(tree).items()}
+    return {name: tuple(leaf.shape) for name, leaf in by_path(tree).items()}
 
 
 def _dtypes(tree: Any) -> dict[str, np.dtype]:
-    return {name: np.dtype(leaf.dtype) for name, leaf in _flat(tree).items()}
+    return {name: np.dtype(leaf.dtype) for name, leaf in by_path(tree).items()}
 
 
 def _check_same_leaves(stored: Any, like: Any, where: Path) -> None:
@@ -364,51 +364,6 @@ def _check_same_leaves(stored: Any, like: Any, where: Path) -> None:
             f"{where} does not fit the network of this configuration:\n  {shown}\n"
             "Use the configuration that it was trained with (config.json beside it)."
         )
-
-
-def starting_params(
-    initialise: Callable[[], Params],
-    *,
-    expected: Params,
-    previous: tuple[str, Params] | None,
-    vgg: str,
-    temporal_init: str,
-    conv1_init: str,
-) -> tuple[Params, dict[str, str]]:
-    """Decides where the weights of a stage's first step come from.
-
-    Args:
-      initialise: makes the randomly initialised parameters.
-      expected: their shapes.
-      previous: name and best weights of the stage before, if there is one: the hand-off.
-      vgg: else, the ImageNet weights: 'keras', a file, or 'none' for training from scratch.
-      temporal_init: how the 3-D layers start (`model.temporal.init`).
-      conv1_init: how the first flow convolution starts (`model.temporal.conv1_init`).
-
-    Returns:
-      The parameters, and the fate of every tensor by its path: nothing is dropped in silence.
-
-    Raises:
-      ValueError: the hand-off's tensors are not those of this network (lists them).
-    """
-    if previous is not None:
-        name, source = previous
-        _check_same_leaves(source, expected, Path(f"the hand-off from stage '{name}'"))
-        return source, {path: f"copied from stage '{name}'" for path in _shapes(source)}
-    params = initialise()
-    weights = find_vgg16(vgg)
-    if weights is None:
-        return params, {path: "initialised at random" for path in _shapes(params)}
-    return port_vgg16(
-        params, read_vgg16(weights), temporal_init=temporal_init, conv1_init=conv1_init
-    )
-
-
-def write_fates(path: Path, fates: Mapping[str, str], params: Params) -> None:
-    """Writes one line per tensor: path, shape, fate (JSON, readable)."""
-    shapes = _shapes(params)
-    rows = {name: {"shape": list(shapes[name]), "fate": fate} for name, fate in fates.items()}
-    path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 def count_parameters(params: Params) -> int:

@@ -18,10 +18,11 @@ from ml_collections import ConfigDict
 from stf_jax.checkpoint import Params
 from stf_jax.metrics import cross_entropy
 from stf_jax.model import Head
-from stf_jax.optim import parameter_path
+from stf_jax.optim import by_path
 from stf_jax.recurrent import LSTM
-from stf_jax.run import Settings
+from stf_jax.run import Settings, source_weights
 from stf_jax.train import abstract_state
+from stf_jax.transfer import Fate, plan_transfer
 from stf_jax.vgg import KERAS_FILE, Convolution, vgg16_fates
 
 # What counts as one layer: everything inside it is added to it.
@@ -77,7 +78,7 @@ def layer_costs(settings: Settings, num_classes: int, batch: int = 1) -> list[La
         return outcome[0]
 
     jaxpr = jax.make_jaxpr(forward)(params, *_clips(settings, batch))
-    sizes = {name: math.prod(leaf.shape) for name, leaf in _by_path(params).items()}
+    sizes = {name: math.prod(leaf.shape) for name, leaf in by_path(params).items()}
     macs = dict.fromkeys(outputs, 0)
     for scope, count in _products(jaxpr.jaxpr, "", 1):
         (layer,) = [name for name in outputs if f"/{name}/" in f"/{scope}/"]
@@ -102,11 +103,6 @@ def total(name: str, layers: list[LayerCost]) -> LayerCost:
 
 def _clips(settings: Settings, batch: int) -> list[jax.ShapeDtypeStruct]:
     return [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in settings.clip_shapes(batch)]
-
-
-def _by_path(tree: Any) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {parameter_path(path): leaf for path, leaf in leaves}
 
 
 def _products(jaxpr: core.Jaxpr, scope: str, times: int) -> Iterator[tuple[str, int]]:
@@ -152,9 +148,9 @@ class MemoryPlan:
     Args:
       parameters: master weights.
       gradients: one per weight.
-      optimizer: its state.
-      activations: what the backward pass reads, for a whole batch; `remat` makes it less.
-      batch: clips.
+      optimizer: its state, and the averaged weights.
+      activations: what the backward pass reads; `remat` makes it less.
+      batch: clips that are worked on at a time.
     """
 
     parameters: int
@@ -171,8 +167,9 @@ class MemoryPlan:
 
 def memory_plan(settings: Settings, num_classes: int) -> MemoryPlan:
     """What a training step of this configuration needs, by tracing it; nothing is computed."""
-    state = abstract_state(settings, num_classes)
-    network, batch = settings.model(num_classes), settings.config.batch_size
+    state = abstract_state(settings, num_classes, settings.config.stage_order[0])
+    parts = settings.optimizer.accumulate
+    network, batch = settings.model(num_classes), settings.config.batch_size // parts
 
     def residuals(params: Params, rgb: jax.Array, flow: jax.Array) -> Any:
         def loss(params: Params) -> jax.Array:
@@ -190,8 +187,9 @@ def memory_plan(settings: Settings, num_classes: int) -> MemoryPlan:
     parameters = _bytes(state.params)
     return MemoryPlan(
         parameters=parameters,
-        gradients=parameters,
-        optimizer=_bytes(state.opt_state),
+        # A sum, and the part that is added to it.
+        gradients=parameters * (1 if parts == 1 else 2),
+        optimizer=_bytes(state.opt_state) + _bytes(state.average),
         activations=_bytes([var.aval for var in kept]),
         batch=batch,
     )
@@ -276,17 +274,23 @@ def _origins(settings: Settings, num_classes: int) -> list[str]:
     """Where each weight of the first stage would come from; reads and downloads nothing."""
     config = settings.config
     params = settings.abstract_params(num_classes)
-    names = _by_path(params)
-    if config.pretrained == "none":
-        fates = dict.fromkeys(names, "initialised at random")
-    else:
-        fates = vgg16_fates(params, config.model.temporal.init, config.model.temporal.conv1_init)
+    shapes = {name: tuple(leaf.shape) for name, leaf in by_path(params).items()}
     first, *later = config.stage_order
-    source = {"none": "", "keras": f" (Keras's {KERAS_FILE})"}.get(
-        config.pretrained, f" ({config.pretrained})"
-    )
+    title = f"Weights of stage '{first}'"
+    if settings.transfer.source:
+        source = source_weights(settings, {"flow": settings.records.stamp(), "classes": ()})
+        assert source is not None
+        _, fates = plan_transfer(by_path(params), source, settings.transfer)
+        title += f" ({source.label}, if its classes are others)"
+    elif config.pretrained == "none":
+        fates = {name: Fate(shapes[name], "initialised at random") for name in shapes}
+    else:
+        told = vgg16_fates(params, config.model.temporal.init, config.model.temporal.conv1_init)
+        fates = {name: Fate(shapes[name], fate) for name, fate in told.items()}
+        files = {"keras": f"Keras's {KERAS_FILE}"}
+        title += f" ({files.get(config.pretrained, config.pretrained)})"
     return [
-        f"Weights of stage '{first}'{source}",
-        *(f"{name:<52}{_sizes(names[name].shape):>20}  {fate}" for name, fate in fates.items()),
+        title,
+        *(f"{name:<52}{_sizes(fate.shape):>20}  {fate.fate}" for name, fate in fates.items()),
         *(f"Weights of stage '{name}': all from the best of the stage before" for name in later),
     ]

@@ -35,6 +35,7 @@ from stf_jax.run import (
     scored_index,
     stamp_of,
     usable_entries,
+    with_source,
 )
 
 
@@ -230,6 +231,7 @@ def score_again(
         stamp = {**stored, "flow": stamp["flow"]}
     records = prepare_records(index, settings.records)
     if not elsewhere:
+        index = with_source(run, settings, index, records)
         index = scored_index(run, settings, index, records)
     entries = usable_entries(index, records, subset)
     trained = TrainedOn.of(run)

@@ -65,7 +65,7 @@ def run_experiment(
 
     settings = Settings.of(config)
     _check_devices(config.allow_cpu)
-    check_batch(config.batch_size, settings.mesh)
+    check_batch(config.batch_size, config.optimizer.accumulate, settings.mesh)
     run = Run(workdir)
     with prepare.locked(workdir):
         run.claim(config)
@@ -87,15 +87,17 @@ def _work(run: "Run", settings: "Settings", origin: dict[str, Any]) -> dict[str,
     from stf_jax.progress import peak_memory_mb
     from stf_jax.records import prepare_records
     from stf_jax.report import write_report
-    from stf_jax.run import allowed_mismatches, scored_index, stamp_of, write_videos
-    from stf_jax.train import train_stage
+    from stf_jax.run import allowed_mismatches, scored_index, stamp_of, with_source, write_videos
+    from stf_jax.train import abstract_state, train_stage
 
     # A network that does not fit its clips fails here, not after hours of preparation.
-    settings.abstract_params(num_classes=2)
+    for name in settings.config.stage_order:
+        abstract_state(settings, 2, name)
     index = load_index(settings.config.data)
     progress.say(index.summary())
     began = time.monotonic()
     records = prepare_records(index, settings.records)
+    index = with_source(run, settings, index, records)
     data = _data_facts(run, index, records, round(time.monotonic() - began, 1))
     data["stamp"] = stamp_of(index, settings)
     run.write_json("data.json", data)

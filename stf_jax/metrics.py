@@ -14,7 +14,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 def cross_entropy(
-    scores: Sequence[Float[Array, "b k"] | Float[Array, "b s k"]], label: Int[Array, " b"]
+    scores: Sequence[Float[Array, "b k"] | Float[Array, "b s k"]],
+    label: Int[Array, " b"],
+    smoothing: float = 0.0,
 ) -> Float[Array, " b"]:
     """The loss of each clip, in nats (SPEC 8.1).
 
@@ -22,6 +24,7 @@ def cross_entropy(
       scores: logits. Those of every recurrent step count as the mean of their losses
         (`head.pool` = 'per_step_loss', SPEC 7.8); those of several networks add up.
       label: true classes.
+      smoothing: share of each target that is spread over all classes alike.
 
     Returns:
       `b`, at least in float32.
@@ -29,10 +32,12 @@ def cross_entropy(
 
     def loss(logits: Array) -> Array:
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        target = jax.nn.one_hot(label, logits.shape[-1], dtype=logits.dtype)
+        target = optax.smooth_labels(target, smoothing) if smoothing else target
         if logits.ndim == 2:
-            return optax.softmax_cross_entropy_with_integer_labels(logits, label)
-        labels = jnp.broadcast_to(label[:, None], logits.shape[:2])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(axis=1)
+            return optax.softmax_cross_entropy(logits, target)
+        targets = jnp.broadcast_to(target[:, None], logits.shape)
+        return optax.softmax_cross_entropy(logits, targets).mean(axis=1)
 
     return sum((loss(logits) for logits in scores[1:]), loss(scores[0]))
 

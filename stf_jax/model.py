@@ -209,6 +209,28 @@ class Head(nn.Module):
         return steps.mean(axis=1), steps
 
 
+class _ClipDropout(nn.Module):
+    """Dropout whose draws for a clip depend on the clip's place in the batch and on nothing else.
+
+    So they are the same in whatever parts a batch is worked through.
+    """
+
+    rate: float
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b *rest"], rows: Int[Array, " b"]
+    ) -> Float[Array, "b *rest"]:
+        if not self.rate:
+            return x
+        key = self.make_rng("dropout")
+
+        def kept(row: Array) -> Array:
+            return jax.random.bernoulli(jax.random.fold_in(key, row), 1 - self.rate, x.shape[1:])
+
+        return jnp.where(jax.vmap(kept)(rows), x / (1 - self.rate), jnp.zeros_like(x))
+
+
 class ActionNetwork(nn.Module):
     """Two streams, convolutional fusion, temporal pyramid, Bi-LN-LSTM, classifier.
 
@@ -245,6 +267,7 @@ class ActionNetwork(nn.Module):
         *,
         train: bool,
         views: Int[Array, "v t"] | None = None,
+        rows: Int[Array, " b"] | None = None,
     ) -> tuple[Float[Array, "bv k"], dict[str, Array]]:
         """Classifies clips.
 
@@ -255,6 +278,8 @@ class ActionNetwork(nn.Module):
           views: which of the n frames make up each of v clips, int32 `v t`: clips that share
             frames share the 2-D layers' work on them. None is one clip of all frames, as they
             come. Only without normalisation, whose statistics are those of a whole clip.
+          rows: place of each clip in the batch that these are a part of: dropout then draws for
+            it what it would draw in the whole batch. None: these are the batch.
 
         Returns:
           float32 logits `b k`, and every named intermediate: 'rgb_block1' to 'rgb_block5',
@@ -293,13 +318,12 @@ class ActionNetwork(nn.Module):
             maps.append(blocks["conv3d2"])
         features["fused"] = self.fusion(*maps)
         features["pyramid"] = segment_vectors(features["fused"], self.tpn)
-        x = nn.Dropout(self.drop.rate(self.drop.input), deterministic=not train)(
-            features["pyramid"]
-        )
-        features["states"] = self.recurrent(x)
-        x = nn.Dropout(self.drop.rate(self.drop.output), deterministic=not train)(
-            features["states"]
-        )
+        rows = jnp.arange(len(rgb)) if rows is None else rows
+        before, after = self.drop.rate(self.drop.input), self.drop.rate(self.drop.output)
+        pyramid = features["pyramid"]
+        x = _ClipDropout(before, name="drop_input")(pyramid, rows) if train else pyramid
+        features["states"] = states = self.recurrent(x)
+        x = _ClipDropout(after, name="drop_output")(states, rows) if train else states
         features["logits"], features["step_logits"] = self.head(x)
         return features["logits"], features
 
@@ -334,6 +358,7 @@ class LateFusion(nn.Module):
         *,
         train: bool,
         views: Int[Array, "v t"] | None = None,
+        rows: Int[Array, " b"] | None = None,
     ) -> tuple[Float[Array, "bv k"], dict[str, Array]]:
         """As `ActionNetwork`; the logits are log-probabilities.
 
@@ -342,7 +367,7 @@ class LateFusion(nn.Module):
         """
         features: dict[str, Array] = {}
         for name, network in (("rgb", self.rgb), ("flow", self.flow)):
-            got = network(rgb, flow, train=train, views=views)[1]
+            got = network(rgb, flow, train=train, views=views, rows=rows)[1]
             features |= {k if k.startswith(name) else f"{name}_{k}": v for k, v in got.items()}
         scores = jnp.stack([features["rgb_logits"], features["flow_logits"]])
         features["logits"] = nn.logsumexp(nn.log_softmax(scores), axis=0) - jnp.log(2.0)

@@ -4,8 +4,10 @@ import dataclasses
 import functools
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 
@@ -24,6 +26,9 @@ class StageSettings:
       patience: end when validation accuracy has not risen by more than `min_delta` for this many
         epochs (the paper's "reaches a fixed classification accuracy rate").
       min_delta: accuracy, from 0 to 1.
+      rates: (expression, factor) pairs: a parameter's learning rate is multiplied by the factor of
+        the first regular expression that matches its whole path (`spatial/block1_conv1/kernel`). A
+        factor of 0 freezes it. Every parameter must be matched, and every expression match one.
 
     Raises:
       ValueError: an impossible value (names it).
@@ -37,9 +42,11 @@ class StageSettings:
     max_epochs: int
     patience: int
     min_delta: float
+    rates: tuple[tuple[str, float], ...]
 
     def __post_init__(self) -> None:
-        """Checks the values."""
+        """Checks the values; lists, as stored runs have them, become tuples."""
+        object.__setattr__(self, "rates", _checked_rates(self.rates))
         if self.schedule not in ("constant", "piecewise", "cosine"):
             raise ValueError(
                 f"stage schedule: got {self.schedule!r}, one of 'constant', 'piecewise', 'cosine'"
@@ -78,6 +85,29 @@ def learning_rate_fn(stage: StageSettings, steps_per_epoch: int) -> optax.Schedu
     return optax.join_schedules([rise, main], [warmup])
 
 
+def _checked_rates(rates: Sequence) -> tuple[tuple[str, float], ...]:
+    def fail(why: str) -> ValueError:
+        return ValueError(
+            f"stage rates: {why}; they are pairs of an expression and a factor, such as "
+            "(('spatial/.*', 0.1), ('.*', 1.0)), a factor of 0 for what stays as it is"
+        )
+
+    pairs = tuple(tuple(pair) if isinstance(pair, (tuple, list)) else (pair,) for pair in rates)
+    if not pairs:
+        raise fail("got none")
+    for pair in pairs:
+        if len(pair) != 2 or not isinstance(pair[0], str):
+            raise fail(f"got {pair}")
+        number = isinstance(pair[1], (int, float)) and not isinstance(pair[1], bool)
+        if not number or not 0 <= pair[1] < float("inf"):
+            raise fail(f"{pair[0]!r} has the factor {pair[1]!r}")
+        try:
+            re.compile(pair[0])
+        except re.error as error:
+            raise fail(f"{pair[0]!r} is no regular expression ({error})") from None
+    return pairs
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimizerSettings:
     """The optimiser (SPEC 8.2, 8.7); the learning rate comes from the stage, step by step.
@@ -85,34 +115,47 @@ class OptimizerSettings:
     Args:
       name: 'adam', 'sgdm' (momentum 0.9) or 'rmsprop'.
       weight_decay: decoupled, on kernels only; 0 is none.
-      clip: largest global norm of the gradient; 0 is none.
-      freeze: regular expressions; parameters whose path (`spatial/block1_conv1/kernel`) one of
-        them matches in full stay as they are.
+      clip: largest global norm of the gradient of what is trained; 0 is none.
+      accumulate: equal parts that a batch is worked through in, one after the other: one update
+        with the gradient of the whole batch, in the memory of one part.
+      ema: decay of the moving average of the parameters that validation, the best weights and the
+        next stage then use; 0 is none. Early on it is (1 + step) / (10 + step) if that is less.
 
     Raises:
-      ValueError: an unknown name.
+      ValueError: an unknown name, an impossible value.
     """
 
     name: str
     weight_decay: float
     clip: float
-    freeze: tuple[str, ...]
+    accumulate: int
+    ema: float
 
     def __post_init__(self) -> None:
-        """Checks the name and makes the settings hashable."""
+        """Checks the values."""
         if self.name not in ("adam", "sgdm", "rmsprop"):
             raise ValueError(f"optimizer.name: got {self.name!r}, one of 'adam', 'sgdm', 'rmsprop'")
-        object.__setattr__(self, "freeze", tuple(self.freeze))
+        if self.accumulate < 1:
+            raise ValueError(f"optimizer.accumulate must be at least 1, got {self.accumulate}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"optimizer.ema must be in [0, 1), got {self.ema}")
 
 
 @functools.cache
-def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
+def make_optimizer(
+    settings: OptimizerSettings, rates: tuple[tuple[str, float], ...]
+) -> optax.GradientTransformation:
     """An optax transformation for a learning rate of 1: the step multiplies its updates by it.
 
-    Keeping the rate outside lets all stages share one compiled training step.
+    Keeping the rate outside lets stages share one compiled training step.
+
+    Args:
+      settings: see there.
+      rates: see `StageSettings`; clipping and the optimiser come first, the factors last.
 
     Raises:
-      ValueError: at `init`, a `freeze` expression that matches no parameter.
+      ValueError: at `init`, an expression that matches no parameter, or a parameter that none
+        matches (names them).
     """
     scale = {
         "adam": optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8),
@@ -124,12 +167,30 @@ def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
     if settings.weight_decay:
         parts.append(optax.add_decayed_weights(settings.weight_decay, mask=_kernels))
     train = optax.chain(*parts, optax.scale(-1.0))
-    if not settings.freeze:
-        return train
-    return optax.multi_transform(
-        {"train": train, "frozen": optax.set_to_zero()},
-        functools.partial(_labels, freeze=settings.freeze),
-    )
+    factors = functools.partial(rate_factors, rates=rates)
+
+    def labels(params):
+        return jax.tree.map(lambda factor: "train" if factor else "frozen", factors(params))
+
+    def scaled(updates, params):
+        return jax.tree.map(lambda update, factor: factor * update, updates, factors(params))
+
+    # What is frozen has no state, no share in the norm that is clipped, and no decay.
+    parted = optax.multi_transform({"train": train, "frozen": optax.set_to_zero()}, labels)
+    return optax.chain(parted, optax.stateless(scaled))
+
+
+def averaged(average, params, step, decay: float):
+    """The moving average of the parameters after one more step.
+
+    Args:
+      average: so far, a tree as `params`.
+      params: after the step.
+      step: how many were done before it, int32.
+      decay: see `OptimizerSettings.ema`.
+    """
+    early = (1.0 + step) / (10.0 + step)
+    return optax.incremental_update(params, average, 1.0 - jnp.minimum(decay, early))
 
 
 def parameter_path(path: Sequence) -> str:
@@ -137,23 +198,47 @@ def parameter_path(path: Sequence) -> str:
     return "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
 
 
+def by_path(tree: Any) -> dict[str, Any]:
+    """The leaves by their paths: the same names whatever kinds of containers hold them."""
+    return {parameter_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
 def _kernels(params):
     """Decay pulls weights to zero, never biases or the gains of normalisation."""
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 
-def _labels(params, *, freeze: Sequence[str]):
-    unused = set(freeze)
+def rate_factors(params, rates: Sequence[tuple[str, float]]):
+    """The factor of every parameter's learning rate, a tree of floats.
 
-    def label(path, _) -> str:
-        hits = [r for r in freeze if re.fullmatch(r, parameter_path(path))]
-        unused.difference_update(hits)
-        return "frozen" if hits else "train"
+    Raises:
+      ValueError: as `make_optimizer`.
+    """
+    unused = dict(rates)
+    uncovered: list[str] = []
 
-    labels = jax.tree_util.tree_map_with_path(label, params)
+    def factor(path, leaf) -> float:
+        name = parameter_path(path)
+        for expression, value in rates:
+            if re.fullmatch(expression, name):
+                unused.pop(expression, None)
+                return float(value)
+        uncovered.append(name)
+        return 0.0
+
+    factors = jax.tree_util.tree_map_with_path(factor, params)
+    if uncovered:
+        raise ValueError(
+            f"stage rates: no expression matches {len(uncovered)} parameters, such as "
+            f"'{uncovered[0]}'. Add a last pair ('.*', 1.0) for all the others."
+        )
     if unused:
         raise ValueError(
-            f"optimizer.freeze: {sorted(unused)} match no parameter. Paths look like "
-            f"'{parameter_path(jax.tree_util.tree_flatten_with_path(params)[0][0][0])}'."
+            f"stage rates: {sorted(unused)} match no parameter, or only some that an earlier "
+            f"expression matches. Paths look like '{_some_path(params)}'."
         )
-    return labels
+    return factors
+
+
+def _some_path(params) -> str:
+    return parameter_path(jax.tree_util.tree_flatten_with_path(params)[0][0][0])

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from einops import rearrange
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
@@ -45,17 +46,22 @@ def make_mesh(model_devices: int = 1) -> Mesh:
     return Mesh(np.array(devices).reshape(-1, model_devices), ("data", "model"))
 
 
-def check_batch(batch_size: int, mesh: Mesh | AbstractMesh) -> None:
-    """Makes sure that a batch can be divided among the devices.
+def check_batch(batch_size: int, accumulate: int, mesh: Mesh | AbstractMesh) -> None:
+    """Makes sure that a batch can be divided among the devices, and into parts.
 
     Raises:
-      ValueError: it cannot (names both).
+      ValueError: it cannot (names all).
     """
-    parts = mesh.shape["data"]
-    if batch_size % parts:
+    devices = mesh.shape["data"]
+    if batch_size % devices:
         raise ValueError(
-            f"batch_size: got {batch_size}, allowed: multiples of the {parts} devices that share a "
-            "batch. Change it, or show fewer devices (CUDA_VISIBLE_DEVICES)."
+            f"batch_size: got {batch_size}, allowed: multiples of the {devices} devices that share "
+            "a batch. Change it, or show fewer devices (CUDA_VISIBLE_DEVICES)."
+        )
+    if batch_size % (devices * accumulate):
+        raise ValueError(
+            f"batch_size: got {batch_size}, which optimizer.accumulate={accumulate} parts on "
+            f"{devices} devices do not divide: change one of the two"
         )
 
 
@@ -135,6 +141,21 @@ def divide(batch: Tree, mesh: Mesh) -> Tree:
     rows = NamedSharding(mesh, PartitionSpec("data"))
     place_rows = functools.partial(jax.make_array_from_process_local_data, rows)
     return jax.tree.map(place_rows, batch)
+
+
+def in_parts(batch: Tree, parts: int, mesh: Mesh) -> Tree:
+    """Inside a jitted function: the rows of a batch in equal parts, along a new first axis.
+
+    Every device gives the same number of its own rows to each part, so none has to be moved.
+    """
+    devices = mesh.shape["data"]
+    rows = NamedSharding(mesh, PartitionSpec(None, "data"))
+
+    def divide_rows(x: jax.Array) -> jax.Array:
+        x = rearrange(x, "(d n m) ... -> n (d m) ...", d=devices, n=parts)
+        return jax.lax.with_sharding_constraint(x, rows)
+
+    return jax.tree.map(divide_rows, batch)
 
 
 def divided_ahead(stream: Iterable[Tree], mesh: Mesh) -> Iterator[tuple[Tree, Tree]]:

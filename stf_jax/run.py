@@ -25,6 +25,7 @@ from stf_jax.parallel import make_mesh
 from stf_jax.pipeline import SamplingSettings
 from stf_jax.prepare import RecordSettings
 from stf_jax.records import Records
+from stf_jax.transfer import TransferSettings, Weights
 
 # Settings that say where things are or how fast they go, never what comes out: a run may be
 # continued with others.
@@ -56,6 +57,7 @@ class Settings:
     augment: AugmentSettings
     optimizer: OptimizerSettings
     stages: Mapping[str, StageSettings]
+    transfer: TransferSettings
 
     @classmethod
     def of(cls, config: ml_collections.ConfigDict) -> "Settings":
@@ -97,6 +99,7 @@ class Settings:
             augment=augment,
             optimizer=OptimizerSettings(**config.optimizer),
             stages={name: StageSettings(**config.stages[name]) for name in config.stage_order},
+            transfer=TransferSettings(**config.transfer),
         )
 
     @property
@@ -237,8 +240,8 @@ def allowed_mismatches(told: str) -> tuple[str, ...]:
     """
     names = tuple(filter(None, told.split(",")))
     for name in names:
-        if name not in _MISMATCHES:
-            raise ValueError(f"allow_mismatch: got {name!r}, of {', '.join(_MISMATCHES)}")
+        if name not in (*_MISMATCHES, "trained"):
+            raise ValueError(f"allow_mismatch: got {name!r}, of {', '.join(_MISMATCHES)}, trained")
     return names
 
 
@@ -301,6 +304,30 @@ def best_params(
     where = run.workdir / "stages" / stage / "best"
     check_stamp(record["stamp"] if "stamp" in record else {}, stamp, where, allow)
     return params
+
+
+def source_weights(settings: Settings, stamp: Mapping[str, Any]) -> Weights | None:
+    """The best weights of the run that `transfer.source` names, or None if it names none.
+
+    Raises:
+      FileNotFoundError: it is not the folder of a finished run.
+      ValueError: it was trained with another flow.
+    """
+    if not settings.transfer.source:
+        return None
+    source = Run(Path(settings.transfer.source))
+    stage = source.read_json("config.json")["stage_order"][-1]
+    source.read_json(f"stages/{stage}/done.json")
+    checkpoints = source.best(stage)
+    try:
+        _, arrays, record = checkpoints.restore(None)
+    finally:
+        checkpoints.close()
+    told = record["stamp"]
+    allow = {*allowed_mismatches(settings.config.allow_mismatch), "classes", "split"}
+    check_stamp(told, stamp, source.workdir, allow)
+    label = f"{source.workdir}, stage '{stage}'"
+    return Weights(label, arrays, other_classes=told["classes"] != stamp["classes"])
 
 
 def of_known_classes(index: VideoIndex, classes: Sequence[str], *, leave_out: bool) -> VideoIndex:
@@ -367,46 +394,42 @@ def write_videos(run: Run, index: VideoIndex, records: Records) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class TrainedOn:
-    """What a run has learnt from, the videos that its stop rule watched included.
+    """What a run has learnt from: what its stop rule watched and what its source knew included.
 
     Args:
-      name: of its data set.
-      video_ids: of the videos.
-      digests: of their bytes.
-      groups: their sources.
+      rows: of every video the name of its data set, id, source video and digest of its bytes.
     """
 
-    name: str
-    video_ids: frozenset[str]
-    digests: frozenset[str]
-    groups: frozenset[str]
+    rows: frozenset[tuple[str, str, str, str]]
 
     @classmethod
     def of(cls, run: Run) -> "TrainedOn":
         """Reads a run's folder."""
         data = run.read_json("data.json")
-        path = run.workdir / "videos.csv"
-        if not path.exists():
-            raise FileNotFoundError(f"{path} is missing: what the run was trained on is unknown")
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+        rows = _read_table(run.workdir / "videos.csv")
         if data["stamp"]["split"]["protocol"] != "paper_resplit":  # that one takes turns with all
             rows = [row for row in rows if row["subset"] != "test"]
-        return cls(
-            data["name"],
-            *(frozenset(row[key] for row in rows) for key in ("video_id", "sha256", "group")),
-        )
+        own = {(data["name"], row["video_id"], row["group"], row["sha256"]) for row in rows}
+        return cls(frozenset(own) | (cls.before(run) or cls(frozenset())).rows)
+
+    @classmethod
+    def before(cls, run: Run) -> "TrainedOn | None":
+        """What a run's weights knew before it began (`transferred.csv`), or None if nothing."""
+        path = run.workdir / _TRANSFERRED
+        if not path.exists():
+            return None
+        return cls(frozenset(tuple(r[c] for c in _TRAINED_COLUMNS) for r in _read_table(path)))  # type: ignore[misc]
 
     def known(
         self, entries: Iterable[ClipEntry], index: VideoIndex, records: Records
     ) -> list[ClipEntry]:
         """Those of some videos that the run has learnt from, by their bytes or by their ids."""
-        same_set = index.name == self.name
+        digests = {digest for *_, digest in self.rows}
+        ids = {(name, video_id) for name, video_id, *_ in self.rows}
         return [
             entry
             for entry in entries
-            if records.rows[entry.video_id].sha256 in self.digests
-            or (same_set and entry.video_id in self.video_ids)
+            if records.rows[entry.video_id].sha256 in digests or (index.name, entry.video_id) in ids
         ]
 
     def related(self, entries: Iterable[ClipEntry], index: VideoIndex) -> float | None:
@@ -414,6 +437,55 @@ class TrainedOn:
         entries = list(entries)
         if index.overlap is None:
             return None
-        if index.name != self.name:
-            return 0.0
-        return sum(entry.group in self.groups for entry in entries) / max(1, len(entries))
+        groups = {(name, group) for name, _, group, _ in self.rows}
+        return sum((index.name, e.group) in groups for e in entries) / max(1, len(entries))
+
+
+_TRANSFERRED = "transferred.csv"
+_TRAINED_COLUMNS = ("data", "video_id", "group", "sha256")
+
+
+def _read_table(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: what the run was trained on is unknown")
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def with_source(run: Run, settings: Settings, index: VideoIndex, records: Records) -> VideoIndex:
+    """The index with what the run that weights come from knew of its test videos.
+
+    Stores what that run was trained on (`transferred.csv`), so that it may go.
+
+    Raises:
+      FileNotFoundError: `transfer.source` is not the folder of a run.
+      ValueError: it was trained on videos that are to be tested on.
+    """
+    if not settings.transfer.source:
+        return index
+    trained = TrainedOn.before(run)
+    if trained is None:
+        trained = TrainedOn.of(Run(Path(settings.transfer.source)))
+        text = io.StringIO(newline="")
+        writer = csv.writer(text)
+        writer.writerow(_TRAINED_COLUMNS)
+        writer.writerows(sorted(trained.rows))
+        prepare.write_aside(run.workdir / _TRANSFERRED, text.getvalue().encode())
+    tested = _usable(index, records).entries
+    if index.resplit_seed is None:  # else every video is tested on in some epoch
+        tested = tuple(entry for entry in tested if entry.subset == "test")
+    known = trained.known(tested, index, records)
+    if known and "trained" not in allowed_mismatches(settings.config.allow_mismatch):
+        raise ValueError(
+            f"transfer.source: {settings.transfer.source} was trained on {len(known)} of the "
+            f"{len(tested)} test videos, such as {known[0].video_id}: their score would say "
+            "nothing about new videos. Choose a split that it has not seen, or say "
+            "--config.allow_mismatch=trained to have it all the same, labelled as leaky."
+        )
+    related = trained.related(tested, index)
+    if not known and not related:
+        return index
+    share = max(len(known) / len(tested), related or 0.0)
+    note = f"the weights to start from have seen {share:.1%} of the test videos or their sources"
+    overlap = None if index.overlap is None else max(index.overlap, share)
+    return dataclasses.replace(index, leaky=True, overlap=overlap, notes=(*index.notes, note))

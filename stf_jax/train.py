@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import flax.struct
 import jax
@@ -16,20 +16,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Float, Int
 
 from stf_jax import prepare, progress
 from stf_jax.augment import AugmentSettings, mix, mixup_shares, next_row
-from stf_jax.checkpoint import Checkpoints, Params, starting_params, write_fates
+from stf_jax.checkpoint import Checkpoints, Params
 from stf_jax.evaluate import evaluate_subset
 from stf_jax.index import ClipEntry, VideoIndex
 from stf_jax.inputs import Batch, InputSettings, compute_flow, network_input
 from stf_jax.metrics import Sums, cross_entropy
 from stf_jax.model import Network
-from stf_jax.optim import OptimizerSettings, learning_rate_fn, make_optimizer
+from stf_jax.optim import OptimizerSettings, averaged, by_path, learning_rate_fn, make_optimizer
 from stf_jax.parallel import (
     COMPILER_OPTIONS,
     divided_ahead,
+    in_parts,
     keep_placed,
     part_of_batch,
     place,
@@ -43,9 +44,19 @@ from stf_jax.run import (
     best_params,
     check_stamp,
     epoch_index,
+    source_weights,
     stamp_of,
     usable_entries,
 )
+from stf_jax.transfer import (
+    HAND_OFF,
+    Weights,
+    count_fates,
+    starting_params,
+    write_fates,
+)
+
+Rates: TypeAlias = tuple[tuple[str, float], ...]
 
 
 class Interrupted(InterruptedError):
@@ -64,6 +75,7 @@ class TrainState:
       step: steps done in this stage.
       params: the network's parameters.
       opt_state: the optimiser's.
+      average: the moving average of the parameters; () without `optimizer.ema`.
       sums: loss and hits of the epoch so far, so that even an epoch's figures survive a kill.
     """
 
@@ -71,24 +83,37 @@ class TrainState:
     step: Any
     params: Any
     opt_state: Any
+    average: Any
     sums: Any
 
+    @property
+    def scored_params(self) -> Params:
+        """The parameters that are validated and handed on: the averaged ones where there are."""
+        return self.average if jax.tree.leaves(self.average) else self.params
 
-def initial_state(params: Params, optimizer: OptimizerSettings) -> TrainState:
+
+def initial_state(params: Params, optimizer: OptimizerSettings, rates: Rates) -> TrainState:
     """The state before the first step of a stage; `parallel.place` puts it on the devices."""
-    opt_state = make_optimizer(optimizer).init(params)
-    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, Sums.zero())
+    opt_state = make_optimizer(optimizer, rates).init(params)
+    # A copy: a step gives its buffers away, and none may be given twice.
+    average: Any = jax.tree.map(jnp.copy, params) if optimizer.ema else ()
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, average, Sums.zero())
 
 
-def abstract_state(settings: Settings, num_classes: int) -> TrainState:
-    """The shapes and dtypes of a state; costs no memory."""
-    start = functools.partial(initial_state, optimizer=settings.optimizer)
+def abstract_state(settings: Settings, num_classes: int, stage: str) -> TrainState:
+    """The shapes and dtypes of a state of a stage; costs no memory.
+
+    Raises:
+      ValueError: the stage's `rates` do not fit the network's parameters.
+    """
+    rates = settings.stages[stage].rates
+    start = functools.partial(initial_state, optimizer=settings.optimizer, rates=rates)
     return jax.eval_shape(start, settings.abstract_params(num_classes))
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("model", "inputs", "augment", "optimizer", "mesh"),
+    static_argnames=("model", "inputs", "augment", "optimizer", "rates", "mesh"),
     donate_argnames=("state",),
     compiler_options=COMPILER_OPTIONS,
 )
@@ -102,6 +127,7 @@ def train_step(
     inputs: InputSettings,
     augment: AugmentSettings,
     optimizer: OptimizerSettings,
+    rates: Rates,
     mesh: Mesh,
 ) -> tuple[TrainState, Array]:
     """One update of all parameters together (paper, section 3.5: nothing is frozen).
@@ -114,36 +140,74 @@ def train_step(
       model: the network.
       inputs: how clips become network input.
       augment: what is done to them in training.
-      optimizer: what turns gradients into updates.
+      optimizer: what turns gradients into updates, and in how many parts the batch is worked on.
+      rates: factors of the learning rate (`StageSettings`).
       mesh: the devices that the state lies on and the batch is divided among.
 
     Returns:
       The state after the step, and the mean loss of the batch before it.
     """
+    examples = _examples(batch, inputs, augment)
+    dropout = jax.random.fold_in(key, state.step)
+    total = batch.mask.astype(jnp.float32).sum()
+
+    def loss_fn(params: Params, part: _Examples) -> tuple[Array, Sums]:
+        """The part's share of the mean loss of the whole batch, and its sums."""
+        outputs: Any = model.apply(
+            {"params": params}, part.rgb, part.flow,
+            train=True, rows=part.row, rngs={"dropout": dropout},
+        )  # fmt: skip
+        logits, features = outputs
+        scores = [features[name] for name in model.scored]
+        loss = cross_entropy(scores, part.label, augment.label_smoothing)
+        if augment.mixup:
+            other = cross_entropy(scores, part.other_label, augment.label_smoothing)
+            loss = part.share * loss + (1 - part.share) * other
+        sums = Sums.of(loss, logits, part.label, part.mask)
+        return sums.loss / total, sums
+
+    gradient = jax.value_and_grad(loss_fn, has_aux=True)
+    if optimizer.accumulate == 1:
+        (mean, sums), gradients = gradient(state.params, examples)
+    else:
+        zeros = jax.tree.map(jnp.zeros_like, ((jnp.zeros(()), Sums.zero()), state.params))
+
+        def add(so_far: Any, part: _Examples) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, so_far, gradient(state.params, part)), None
+
+        parts = in_parts(examples, optimizer.accumulate, mesh)
+        ((mean, sums), gradients), _ = jax.lax.scan(add, zeros, parts)
+    tx = make_optimizer(optimizer, rates)
+    updates, opt_state = tx.update(gradients, state.opt_state, state.params)
+    updates = jax.tree.map(lambda update: learning_rate * update, updates)
+    params = optax.apply_updates(state.params, updates)
+    average = state.average
+    if optimizer.ema:
+        average = averaged(average, params, state.step, optimizer.ema)
+    after = TrainState(state.step + 1, params, opt_state, average, state.sums + sums)
+    return keep_placed(after, mesh), mean
+
+
+class _Examples(NamedTuple):
+    """What the loss of each clip of a batch is computed from."""
+
+    rgb: Float[Array, "b t h w 3"]
+    flow: Float[Array, "b t h w c"]
+    label: Int[Array, " b"]
+    other_label: Int[Array, " b"]  # of the clip that is mixed in
+    share: Float[Array, " b"]  # of the clip itself in the mixture
+    mask: Bool[Array, " b"]
+    row: Int[Array, " b"]
+
+
+def _examples(batch: Batch, inputs: InputSettings, augment: AugmentSettings) -> _Examples:
     rgb, flow = network_input(batch, inputs, augment)
+    share = jnp.ones(len(batch.label))
     if augment.mixup:
         share = mixup_shares(batch.seed, batch.mask, augment.mixup)
         rgb, flow = mix(rgb, share), mix(flow, share)
-    dropout = jax.random.fold_in(key, state.step)
-
-    def loss_fn(params: Params) -> tuple[Array, tuple[Array, Array]]:
-        outputs: Any = model.apply(
-            {"params": params}, rgb, flow, train=True, rngs={"dropout": dropout}
-        )
-        logits, features = outputs
-        scores = [features[name] for name in model.scored]
-        loss = cross_entropy(scores, batch.label)
-        if augment.mixup:
-            loss = share * loss + (1 - share) * cross_entropy(scores, next_row(batch.label))
-        weight = batch.mask.astype(jnp.float32)
-        return (loss * weight).sum() / weight.sum(), (loss, logits)
-
-    (mean, (loss, logits)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    updates, opt_state = make_optimizer(optimizer).update(gradients, state.opt_state, state.params)
-    updates = jax.tree.map(lambda update: learning_rate * update, updates)
-    params = optax.apply_updates(state.params, updates)
-    sums = state.sums + Sums.of(loss, logits, batch.label, batch.mask)
-    return keep_placed(TrainState(state.step + 1, params, opt_state, sums), mesh), mean
+    row = jnp.arange(len(batch.label))
+    return _Examples(rgb, flow, batch.label, next_row(batch.label), share, batch.mask, row)
 
 
 @dataclasses.dataclass
@@ -212,7 +276,7 @@ def train_stage(
     best, last = run.best(name), run.last(name)
     for checkpoints in (best, last):
         checkpoints.clean()
-    last.check_space(abstract_state(settings, len(index.class_names)))
+    last.check_space(abstract_state(settings, len(index.class_names), name))
     with closing(last), closing(best):
         state, memory = _start(run, settings, name, stamp_of(index, settings), last)
         with stop_requests() as stop:
@@ -244,7 +308,7 @@ def _start(
     num_classes = len(stamp["classes"])
     log = run.workdir / "metrics.jsonl"
     if last.latest_step() is not None:
-        like = abstract_state(settings, num_classes)
+        like = abstract_state(settings, num_classes, name)
         step, state, record = last.restore(like, set_aside=True)
         where = run.workdir / "stages" / name / "last" / str(step)
         allow = allowed_mismatches(settings.config.allow_mismatch)
@@ -255,33 +319,34 @@ def _start(
         return state, memory
     _forget(log, name, -1)
     config = settings.config
+    source = _source(run, settings, name, stamp)
+    first = name == config.stage_order[0]
     params, fates = starting_params(
         lambda: settings.initial_params(settings.model(num_classes)),
         expected=settings.abstract_params(num_classes),
-        previous=_previous_stage(run, settings, name, stamp),
+        source=source,
+        rules=settings.transfer if first else HAND_OFF,
         vgg=config.pretrained,
         temporal_init=config.model.temporal.init,
         conv1_init=config.model.temporal.conv1_init,
     )
-    write_fates(run.stage_file(name, "weights.json"), fates, params)
-    kinds = sorted({fate.split(" from ")[0] for fate in fates.values()})
-    counts = {k: sum(fate.split(" from ")[0] == k for fate in fates.values()) for k in kinds}
-    told = ", ".join(f"{count} tensors {kind}" for kind, count in counts.items())
+    write_fates(run.stage_file(name, "weights.json"), fates)
+    told = count_fates(fates)
     progress.say(f"stage '{name}': {told} (each in {run.stage_file(name, 'weights.json')})")
-    state = initial_state(params, settings.optimizer)
+    state = initial_state(params, settings.optimizer, settings.stages[name].rates)
     return place(state, settings.mesh), StageProgress()
 
 
-def _previous_stage(
-    run: Run, settings: Settings, name: str, stamp: dict[str, Any]
-) -> tuple[str, Params] | None:
+def _source(run: Run, settings: Settings, name: str, stamp: dict[str, Any]) -> Weights | None:
+    """The trained weights that a stage starts from: the stage before, else another run, if any."""
     order = settings.config.stage_order
     position = order.index(name)
     if not position:
-        return None
+        return source_weights(settings, stamp)
     allow = allowed_mismatches(settings.config.allow_mismatch)
     previous = order[position - 1]
-    return previous, best_params(run, settings, previous, stamp, allow)
+    params = best_params(run, settings, previous, stamp, allow)
+    return Weights(f"stage '{previous}'", by_path(params), other_classes=False)
 
 
 class _Loop:
@@ -374,6 +439,7 @@ class _Loop:
                     inputs=self._settings.inputs,
                     augment=self._settings.augment,
                     optimizer=self._settings.optimizer,
+                    rates=self._stage.rates,
                     mesh=self._settings.mesh,
                 )
                 self._check_finite(float(loss), step, batch)
@@ -415,7 +481,7 @@ class _Loop:
         if self._validates:
             figures = evaluate_subset(
                 self._settings,
-                state.params,
+                state.scored_params,
                 view,
                 self._records,
                 "test" if self._resplits else "validation",
@@ -431,7 +497,9 @@ class _Loop:
             memory.best_epoch = memory.epoch
         state = dataclasses.replace(state, sums=place(Sums.zero(), self._settings.mesh))
         if improved:
-            self._best.save(step, state.params, {"epoch": memory.epoch, "stamp": self._stamp})
+            self._best.save(
+                step, state.scored_params, {"epoch": memory.epoch, "stamp": self._stamp}
+            )
         self._tick(memory)
         seconds = {
             "seconds": round(memory.seconds, 1),

@@ -18,7 +18,7 @@ from stf_jax.run import Settings
 
 PLAIN = AugmentSettings(
     crop="centre", scales=(), area=(0.08, 1.0), aspect=(0.75, 4 / 3), flip=False, brightness=0.0,
-    contrast=0.0, saturation=0.0, hue=0.0, mixup=0.0,
+    contrast=0.0, saturation=0.0, hue=0.0, mixup=0.0, label_smoothing=0.0,
 )  # fmt: skip
 INPUTS = InputSettings(
     crop_size=24, rgb_preprocess="zero_one", flow_channels="uv", flow_mean="none", flow_scale=1.0

@@ -1,4 +1,3 @@
-import json
 import resource
 import shutil
 import subprocess
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 
 from stf_jax import checkpoint
-from stf_jax.checkpoint import Checkpoints, count_parameters, starting_params, write_fates
+from stf_jax.checkpoint import Checkpoints, count_parameters
 
 TREE = {
     "spatial": {"conv": {"kernel": jnp.arange(6.0).reshape(2, 3)}},
@@ -288,42 +287,12 @@ def test_another_type_of_number_is_told(tmp_path):
     checkpoints.close()
 
 
-def _start(previous=None, vgg="none"):
-    return starting_params(
-        lambda: TREE,
-        expected=TREE,
-        previous=previous,
-        vgg=vgg,
-        temporal_init="he",
-        conv1_init="random",
-    )
-
-
-def test_scratch_says_so_for_every_tensor():
-    params, fates = _start()
-    assert _same(params, TREE)
-    assert fates == {
-        "spatial/conv/kernel": "initialised at random",
-        "head/bias": "initialised at random",
-    }
-
-
-def test_hand_off_copies_everything_and_prevails_over_vgg(tmp_path):
-    source = jax.tree.map(lambda x: x + 7, TREE)
-    params, fates = _start(previous=("first", source), vgg=str(tmp_path / "no-such-file.h5"))
-    assert _same(params, source) and not _same(source, TREE)
-    assert set(fates.values()) == {"copied from stage 'first'"}
-
-
-def test_hand_off_of_another_network_is_refused():
-    with pytest.raises(ValueError, match="missing: head/bias"):
-        _start(previous=("first", {"spatial": TREE["spatial"]}))
-
-
-def test_fates_are_written_with_shapes(tmp_path):
-    write_fates(tmp_path / "weights.json", {"head/bias": "copied"}, TREE)
-    rows = json.loads((tmp_path / "weights.json").read_text())
-    assert rows == {"head/bias": {"shape": [2], "fate": "copied"}}
+def test_without_expectations_all_leaves_come_by_their_paths(tmp_path):
+    checkpoints = _store(tmp_path / "c")
+    _, arrays, _ = checkpoints.restore(None)
+    checkpoints.close()
+    assert arrays.keys() == {"spatial/conv/kernel", "head/bias"}
+    np.testing.assert_array_equal(arrays["head/bias"], 3 * TREE["head"]["bias"])
 
 
 def test_parameters_are_counted():

@@ -28,7 +28,7 @@ SETTINGS = InputSettings(
 )  # fmt: skip
 PLAIN = AugmentSettings(
     crop="centre", scales=(), area=(0.08, 1.0), aspect=(0.75, 4 / 3), flip=False, brightness=0.0,
-    contrast=0.0, saturation=0.0, hue=0.0, mixup=0.0,
+    contrast=0.0, saturation=0.0, hue=0.0, mixup=0.0, label_smoothing=0.0,
 )  # fmt: skip
 FLIP = dataclasses.replace(PLAIN, flip=True)
 

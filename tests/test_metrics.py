@@ -17,6 +17,13 @@ def test_every_step_averages_the_losses_not_the_scores():
     np.testing.assert_allclose(loss, [-(np.log(0.5) + np.log(0.9)) / 2], rtol=1e-6)
 
 
+def test_smoothed_targets_by_hand():
+    logits = jnp.log(jnp.array([[0.5, 0.25, 0.25]]))
+    loss = cross_entropy([logits], jnp.array([0]), 0.3)
+    expected = -(0.8 * np.log(0.5) + 0.2 * np.log(0.25))
+    np.testing.assert_allclose(loss, [expected], rtol=1e-6)
+
+
 def _sums(rows):
     loss, logits, label, mask = (jnp.asarray(x) for x in zip(*rows, strict=True))
     return Sums.of(loss, logits, label, mask)

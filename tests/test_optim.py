@@ -9,6 +9,7 @@ import pytest
 from stf_jax.optim import (
     OptimizerSettings,
     StageSettings,
+    averaged,
     learning_rate_fn,
     make_optimizer,
     parameter_path,
@@ -23,6 +24,7 @@ STAGE = StageSettings(
     max_epochs=10,
     patience=5,
     min_delta=0.001,
+    rates=((".*", 1.0),),
 )
 PARAMS = {
     "spatial": {"conv": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}},
@@ -58,20 +60,24 @@ def test_cosine_after_warm_up():
         ({"boundaries": (1.0,), "factors": ()}, "go together"),
         ({"boundaries": (1.0,), "factors": (0.1,)}, "piecewise"),
         ({"max_epochs": 0}, "max_epochs"),
+        ({"rates": ()}, "rates: got none"),
+        ({"rates": ("spatial/.*", 0.1)}, "rates: got .'spatial/"),
+        ({"rates": (("(", 1.0),)}, "no regular expression"),
+        ({"rates": ((".*", -1.0),)}, "factor -1.0"),
     ],
 )
-def test_impossible_stages_are_named(changes, said):
+def test_impossible_stages_are_named(changes, said, annotations_off):
     with pytest.raises(ValueError, match=said):
         dataclasses.replace(STAGE, **changes)
 
 
 def _settings(**changes):
-    base = {"name": "adam", "weight_decay": 0.0, "clip": 0.0, "freeze": ()}
+    base = {"name": "adam", "weight_decay": 0.0, "clip": 0.0, "accumulate": 1, "ema": 0.0}
     return OptimizerSettings(**{**base, **changes})
 
 
-def _updates(settings, gradients):
-    tx = make_optimizer(settings)
+def _updates(settings, gradients, rates=((".*", 1.0),)):
+    tx = make_optimizer(settings, rates)
     return tx.update(gradients, tx.init(PARAMS), PARAMS)[0]
 
 
@@ -94,22 +100,61 @@ def test_decay_pulls_kernels_and_leaves_biases():
     np.testing.assert_allclose(updates["spatial"]["conv"]["bias"], 0.0)
 
 
-def test_frozen_leaves_stay_to_the_bit():
+def test_frozen_leaves_stay_to_the_bit_and_do_not_count_in_the_clipped_norm():
     gradients = jax.tree.map(jnp.ones_like, PARAMS)
-    updates = _updates(_settings(freeze=("spatial/.*",), weight_decay=0.1), gradients)
+    gradients["spatial"]["conv"]["kernel"] *= 1e6
+    settings = _settings(name="sgdm", clip=1.0)
+    updates = _updates(settings, gradients, (("spatial/.*", 0.0), (".*", 1.0)))
     after = optax.apply_updates(PARAMS, updates)
     assert (after["spatial"]["conv"]["kernel"] == PARAMS["spatial"]["conv"]["kernel"]).all()
-    assert (after["head"]["kernel"] != PARAMS["head"]["kernel"]).all()
+    assert float(optax.tree.norm(updates["head"])) == pytest.approx(1.0, rel=1e-5)
+    decayed = _updates(_settings(weight_decay=0.1), gradients, (("spatial/.*", 0.0), (".*", 1.0)))
+    assert not np.any(decayed["spatial"]["conv"]["kernel"])
 
 
-def test_an_expression_that_matches_nothing_is_an_error():
-    with pytest.raises(ValueError, match="spacial"):
-        make_optimizer(_settings(freeze=("spacial/.*",))).init(PARAMS)
+def test_each_part_has_its_rate_and_the_first_expression_counts():
+    gradients = jax.tree.map(lambda p: jnp.full_like(p, -3.0), PARAMS)
+    rates = ((".*/bias", 2.0), ("spatial/.*", 0.1), (".*", 1.0))
+    updates = _updates(_settings(), gradients, rates)
+    for leaf, factor in (
+        (updates["spatial"]["conv"]["bias"], 2.0),
+        (updates["spatial"]["conv"]["kernel"], 0.1),
+        (updates["head"]["kernel"], 1.0),
+    ):
+        np.testing.assert_allclose(leaf, factor, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rates", "said"),
+    [
+        ((("spatial/.*", 0.1),), "matches 1 parameters, such as 'head/kernel'"),
+        ((("spacial/.*", 0.1), (".*", 1.0)), "spacial.* match no parameter"),
+        (((".*", 1.0), ("head/.*", 0.1)), "head.* match no parameter, or only"),
+    ],
+)
+def test_rates_must_cover_every_parameter_and_be_used(rates, said):
+    with pytest.raises(ValueError, match=said):
+        make_optimizer(_settings(), rates).init(PARAMS)
+
+
+def test_the_average_by_hand():
+    """The early decays are 1/10 and 2/11; from step 990 on (1 + n) / (10 + n) is above 0.99."""
+    average = {"w": jnp.array([1.0])}
+    average = averaged(average, {"w": jnp.array([2.0])}, 0, 0.99)
+    assert float(average["w"][0]) == pytest.approx(0.1 * 1 + 0.9 * 2)
+    average = averaged(average, {"w": jnp.array([0.0])}, 1, 0.99)
+    assert float(average["w"][0]) == pytest.approx(2 / 11 * 1.9)
+    late = averaged({"w": jnp.array([1.0])}, {"w": jnp.array([0.0])}, 5000, 0.99)
+    assert float(late["w"][0]) == pytest.approx(0.99)
 
 
 def test_unknown_optimizer_is_named():
     with pytest.raises(ValueError, match="adamm"):
         _settings(name="adamm")
+    with pytest.raises(ValueError, match="accumulate.*0"):
+        _settings(accumulate=0)
+    with pytest.raises(ValueError, match="ema.*1.0"):
+        _settings(ema=1.0)
 
 
 def test_parameter_paths_read_like_files():

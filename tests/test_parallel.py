@@ -47,8 +47,9 @@ batch = Batch(
     seed=np.zeros((8, 2), np.uint32),
 )
 inputs = InputSettings(32, "minus1_1", "uv", "const128", 1 / 32)
-augment = AugmentSettings("centre", (), (0.1, 1.0), (0.5, 2.0), False, 0.0, 0.0, 0.0, 0.0, 0.3)
-optimizer = OptimizerSettings("sgdm", 0.0, 5.0, ())
+augment = AugmentSettings("centre", (), (0.1, 1.0), (0.5, 2.0), False, 0.0, 0.0, 0.0, 0.0, 0.3, 0.0)
+optimizer = OptimizerSettings("sgdm", 0.0, 5.0, 1, 0.0)
+rates = ((".*", 1.0),)
 zeros = jnp.zeros((1, 8, 32, 32, 3)), jnp.zeros((1, 8, 32, 32, 4))
 params = jax.jit(lambda key: model.init(key, *zeros, train=False)["params"])(jax.random.key(0))
 params = jax.tree.map(np.asarray, params)
@@ -58,8 +59,9 @@ for name, mesh in {
     "data": make_mesh(),
     "model": make_mesh(2),
 }.items():
-    state = place(initial_state(params, optimizer), mesh)
-    static = dict(model=model, inputs=inputs, augment=augment, optimizer=optimizer, mesh=mesh)
+    state = place(initial_state(params, optimizer, rates), mesh)
+    static = dict(model=model, inputs=inputs, augment=augment, mesh=mesh)
+    static |= dict(optimizer=optimizer, rates=rates)
     call = (state, divide(batch, mesh), jax.random.key(1), np.float32(0.1))
     step = train_step.lower(*call, **static).compile()
     text = step.as_text()
@@ -126,9 +128,11 @@ def test_impossible_divisions_are_named():
     with pytest.raises(ValueError, match=r"model_devices: got 3, .*number of devices \(1\)"):
         make_mesh(3)
     eight = jax.sharding.AbstractMesh((8, 1), ("data", "model"))
-    check_batch(16, eight)
+    check_batch(16, 2, eight)
     with pytest.raises(ValueError, match=r"batch_size: got 12, allowed: multiples of the 8"):
-        check_batch(12, eight)
+        check_batch(12, 1, eight)
+    with pytest.raises(ValueError, match="optimizer.accumulate=4 parts on 8 devices"):
+        check_batch(16, 4, eight)
 
 
 def _devices_of(processes):

@@ -4,14 +4,27 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from stf_jax import main
+from stf_jax import main, train
 from stf_jax.datasets import load_index
 from stf_jax.evaluate import score_again
+from stf_jax.optim import by_path
 from stf_jax.predict import Predictor
 from stf_jax.records import prepare_records
-from stf_jax.run import Run, Settings, allowed_mismatches, check_stamp, epoch_index, stamp_of
+from stf_jax.run import (
+    Run,
+    Settings,
+    TrainedOn,
+    allowed_mismatches,
+    check_stamp,
+    epoch_index,
+    source_weights,
+    stamp_of,
+    with_source,
+    write_videos,
+)
 from stf_jax.train import train_stage
 
 
@@ -154,3 +167,99 @@ def test_every_kind_of_mismatch_names_its_override(tiny_config):
     assert allowed_mismatches("") == () and allowed_mismatches("flow,split") == ("flow", "split")
     with pytest.raises(ValueError, match="allow_mismatch: got 'splits'"):
         allowed_mismatches("splits")
+
+
+def _as_if_trained(settings, index, records, workdir: Path) -> Run:
+    """A finished run whose weights are the initial ones."""
+    run = Run(workdir)
+    run.claim(settings.config.as_configdict())
+    stamp = stamp_of(index, settings)
+    classes = list(index.class_names)
+    run.write_json("data.json", {"name": index.name, "stamp": stamp, "class_names": classes})
+    write_videos(run, index, records)
+    run.write_json("stages/second/done.json", {})
+    best = run.best("second")
+    best.save(1, settings.initial_params(settings.model(len(classes))), {"stamp": stamp})
+    best.close()
+    return run
+
+
+@pytest.fixture
+def two_lists(tiny_config, tmp_path):
+    """Settings, index and records of two classes, and of the same with another name for one."""
+    found = []
+    for name in ("right", "east"):
+        config = tiny_config.copy_and_resolve_references()
+        if name == "east":
+            root = tmp_path / "other"
+            shutil.copytree(tiny_config.data.root, root)
+            (root / "right").rename(root / name)
+            for path in root.glob("*/*"):  # new videos, by their bytes and names
+                path.write_bytes(path.read_bytes() + b" ")
+                path.rename(path.with_name(path.name.replace("_g", "_n_g1")))
+            config.data.update(root=str(root), group_regex=r"_(g\d+)_")
+            config.transfer.source = str(tmp_path / "source")
+            config.seed = 5
+        settings = Settings.of(config)
+        index = load_index(settings.config.data)
+        found.append((settings, index, prepare_records(index, settings.records)))
+    return found
+
+
+def test_another_class_list_starts_from_a_trained_run_by_one_setting(two_lists, tmp_path):
+    (settings, index, records), (tuned, other, other_records) = two_lists
+    source = _as_if_trained(settings, index, records, tmp_path / "source")
+    run = Run(tmp_path / "tuned")
+    run.workdir.mkdir()
+    honest = with_source(run, tuned, other, other_records)
+    assert not honest.leaky and honest.notes == other.notes
+    stamp = stamp_of(other, tuned)
+    state, _ = train._start(run, tuned, "first", stamp, run.last("first"))
+    weights = settings.initial_params(settings.model(2))
+    fresh = tuned.initial_params(tuned.model(2))
+    for path, leaf in by_path(state.params).items():
+        mine = by_path(fresh if path.startswith("head/") else weights)[path]
+        np.testing.assert_array_equal(leaf, mine, err_msg=path)
+    fates = json.loads(run.stage_file("first", "weights.json").read_text())
+    assert fates["head/project/bias"]["fate"] == "initialised at random (for other classes)"
+    assert fates["fusion/bias"]["fate"] == f"copied from {source.workdir}, stage 'second'"
+
+    # The source may go; what it knew stays.
+    shutil.rmtree(source.workdir)
+    run.write_json("data.json", {"name": other.name, "stamp": stamp})
+    write_videos(run, other, other_records)
+    assert len(TrainedOn.of(run).known(index.subset("train"), index, records)) == len(
+        index.subset("train")
+    )
+
+
+def test_a_source_that_knows_the_test_videos_is_refused_or_labelled(two_lists, tmp_path):
+    (settings, index, records), _ = two_lists
+    config = settings.config.as_configdict().copy_and_resolve_references()
+    other_split = {**config.data.to_dict(), "seed": 3}
+    seen = load_index(other_split)
+    assert {e.video_id for e in seen.subset("test")} != {e.video_id for e in index.subset("test")}
+    _as_if_trained(settings, seen, records, tmp_path / "source")
+    config.transfer.source = str(tmp_path / "source")
+    run = Run(tmp_path / "tuned")
+    run.workdir.mkdir()
+    with pytest.raises(ValueError, match=r"was trained on \d+ of the .*allow_mismatch=trained"):
+        with_source(run, Settings.of(config), index, records)
+    config.allow_mismatch = "trained"
+    labelled = with_source(run, Settings.of(config), index, records)
+    assert labelled.leaky and labelled.overlap > 0
+    assert "the weights to start from have seen" in labelled.notes[-1]
+
+
+def test_a_source_that_is_no_finished_run_or_has_other_flow_is_refused(two_lists, tmp_path):
+    (settings, index, records), (tuned, other, _) = two_lists
+    with pytest.raises(FileNotFoundError, match="source.*is missing"):
+        source_weights(tuned, stamp_of(other, tuned))
+    source = _as_if_trained(settings, index, records, tmp_path / "source")
+    stamp = stamp_of(other, tuned)
+    stamp["flow"]["flow_algorithm"] = "farneback"
+    with pytest.raises(ValueError, match="flow_algorithm 'dis' there, 'farneback' now"):
+        source_weights(tuned, stamp)
+    source.stage_file("second", "done.json").unlink()
+    with pytest.raises(FileNotFoundError, match="done.json is missing"):
+        source_weights(tuned, stamp_of(other, tuned))

@@ -53,13 +53,15 @@ def _step(settings, state, batch, rate=1e-3):
         inputs=settings.inputs,
         augment=settings.augment,
         optimizer=settings.optimizer,
+        rates=settings.stages["first"].rates,
         mesh=settings.mesh,
     )
 
 
 def _state(settings):
     params = settings.initial_params(settings.model(2))
-    return place(initial_state(params, settings.optimizer), settings.mesh)
+    rates = settings.stages["first"].rates
+    return place(initial_state(params, settings.optimizer, rates), settings.mesh)
 
 
 def _host(tree):
@@ -158,6 +160,67 @@ def test_a_mixtures_loss_is_the_mixture_of_its_losses(parts):
     assert abs(float(unmixed) - loss) > 1e-3
 
 
+def _small(settings):
+    """One stream, which compiles sooner, and an update that is the gradient: its size shows."""
+    config = settings.config.as_configdict().copy_and_resolve_references()
+    config.model.streams = "rgb"
+    config.augment.label_smoothing = 0.1
+    config.optimizer.update(name="sgdm", clip=0.0, ema=0.5)
+    return config
+
+
+@pytest.mark.parametrize("mixup", [0.0, pytest.param(0.4, marks=pytest.mark.slow)])
+def test_parts_of_a_batch_add_up_to_the_batch(parts, mixup):
+    """Same loss, update and sums; dropout, smoothing and filler rows included."""
+    config = _small(parts[1])
+    config.augment.mixup = mixup
+    whole = Settings.of(config)
+    config.optimizer.accumulate = 2
+    batch = _batch(parts)._replace(mask=np.array([True, True, True, False]))
+    found = []
+    for settings in (whole, Settings.of(config)):
+        state, loss = _step(settings, _state(settings), batch, rate=0.1)
+        found.append((_host(state.params), float(loss), float(state.sums.count)))
+    (one, loss, count), (two, other_loss, other_count) = found
+    assert other_loss == pytest.approx(loss, rel=1e-5) and other_count == count == 3
+    start = _host(_state(whole).params)
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), one, start)
+    apart = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), one, two)
+    largest = max(jax.tree.leaves(moved))
+    assert largest > 1e-3 and max(jax.tree.leaves(apart)) < 1e-4 * largest
+
+
+def test_averaged_weights_are_validated_stored_and_resumed(parts):
+    """The best weights are the moving average, computed here by hand from every step's."""
+    run, settings, index, records = parts
+    config = _small(settings)
+    config.optimizer.accumulate = 2
+    config.stages.first.max_epochs = 1
+    settings = Settings.of(config)
+    real, seen = train.train_step, []
+
+    def watched(state, *args, **kwargs):
+        seen.append(_host(state.params))
+        state, loss = real(state, *args, **kwargs)
+        seen.append(_host(state.params))
+        return state, loss
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_step", watched)
+        train_stage(run, settings, "first", index, records)
+    average = seen[0]
+    for step, params in enumerate(seen[1::2]):
+        decay = min(0.5, (1 + step) / (10 + step))
+        average = jax.tree.map(lambda a, p, d=decay: d * a + (1 - d) * p, average, params)
+    best = run.best("first")
+    _, stored, _ = best.restore(settings.abstract_params(2))
+    best.close()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), average, stored)
+    assert not _equal(stored, seen[-1])
+    _, last, _ = _final(run, "first", settings)
+    assert _equal(last.average, stored) and _equal(last.params, seen[-1])
+
+
 def test_stages_hand_over_weights_and_nothing_else(parts):
     run, settings, index, records = parts
     train_stage(run, settings, "first", index, records)
@@ -181,7 +244,7 @@ def test_stages_hand_over_weights_and_nothing_else(parts):
 def _final(run, name, settings):
     last = run.last(name)
     try:
-        return last.restore(train.abstract_state(settings, 2))
+        return last.restore(train.abstract_state(settings, 2, name))
     finally:
         last.close()
 
@@ -360,11 +423,11 @@ def test_the_steps_of_ucf101_can_be_built_for_a_gpu():
         entry=shape((size,), jnp.int32),
         seed=shape((size, 2), jnp.uint32),
     )
-    state = abstract_state(settings, 101)
+    state = abstract_state(settings, 101, "first")
     key = jax.eval_shape(lambda: jax.random.key(0))
     static = {"model": settings.model(101), "inputs": settings.inputs}
     training = {"optimizer": settings.optimizer, "mesh": settings.mesh}
-    training["augment"] = settings.augment
+    training |= {"augment": settings.augment, "rates": settings.stages["first"].rates}
     step = jax.export.export(train_step, platforms=["cuda"])(
         state, batch, key, shape((), jnp.float32), **static, **training
     )

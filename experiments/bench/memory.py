@@ -72,10 +72,10 @@ def planned(settings: Any, work: str, order: str) -> tuple[int, int]:
         lower = functools.partial(score_batch.lower, settings.abstract_params(CLASSES), batch)
     else:
         key = jax.eval_shape(lambda: jax.random.key(0))
-        state = abstract_state(settings, CLASSES)
+        state = abstract_state(settings, CLASSES, "first")
         lower = functools.partial(train_step.lower, state, batch, key, shape((), jnp.float32))
         static |= {"optimizer": settings.optimizer, "mesh": settings.mesh}
-        static["augment"] = settings.augment
+        static |= {"augment": settings.augment, "rates": settings.stages["first"].rates}
     options: dict[str, str | bool] = {"xla_cpu_scheduler_type": ORDERS[order]}
     memory: Any = lower(**static).compile(compiler_options=options).memory_analysis()
     return memory.temp_size_in_bytes, memory.argument_size_in_bytes

@@ -60,7 +60,7 @@ def settings_of(scale: str, work: str) -> Any:
     if scale == "paper":
         config.batch_size = 1
     if work == "step frozen":
-        config.optimizer.freeze = VGG
+        config.stages.first.rates = (*((name, 0.0) for name in VGG), (".*", 1.0))
     return Settings.of(config)
 
 
@@ -108,7 +108,8 @@ def _ours(scale: str, work: str) -> Callable[[], float | None]:
             score_batch(params, batch, model=model, inputs=settings.inputs).block_until_ready()
 
         return forward
-    state = place(initial_state(params, settings.optimizer), settings.mesh)
+    rates = settings.stages["first"].rates
+    state = place(initial_state(params, settings.optimizer, rates), settings.mesh)
     key = jax.random.key(0)
 
     def step() -> float:
@@ -122,6 +123,7 @@ def _ours(scale: str, work: str) -> Callable[[], float | None]:
             inputs=settings.inputs,
             augment=settings.augment,
             optimizer=settings.optimizer,
+            rates=rates,
             mesh=settings.mesh,
         )
         jax.block_until_ready((state, loss))
