@@ -222,7 +222,7 @@ def test_another_class_list_starts_from_a_trained_run_by_one_setting(two_lists, 
         np.testing.assert_array_equal(leaf, mine, err_msg=path)
     fates = json.loads(run.stage_file("first", "weights.json").read_text())
     assert fates["head/project/bias"]["fate"] == "initialised at random (for other classes)"
-    assert fates["fusion/bias"]["fate"] == f"copied from {source.workdir}, stage 'second'"
+    assert fates["fusion/conv/bias"]["fate"] == f"copied from {source.workdir}, stage 'second'"
 
     # The source may go; what it knew stays.
     shutil.rmtree(source.workdir)
