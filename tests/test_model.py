@@ -740,9 +740,10 @@ def test_bfloat16_computes_maps_low_and_everything_else_high(tiny):
         return cross_entropy([logits], label).mean(), features
 
     both = [
-        jax.jit(jax.value_and_grad(functools.partial(loss, network), has_aux=True))(
-            variables["params"]
-        )
+        jax.jit(
+            jax.value_and_grad(functools.partial(loss, network), has_aux=True),
+            compiler_options=QUICK,
+        )(variables["params"])
         for network in (exact, low)
     ]
     (loss_exact, features_exact), (loss_low, features_low) = both[0][0], both[1][0]
@@ -765,24 +766,25 @@ def test_bfloat16_computes_maps_low_and_everything_else_high(tiny):
     assert 0.9 < cosine < 0.9999
 
 
+@functools.cache
+def gradients(network):
+    """Of the loss of RGB and FLOW, by the `drawn` parameters."""
+
+    def loss(params):
+        logits, _ = network.apply({"params": params}, RGB, FLOW, train=False)
+        return cross_entropy([logits], jnp.array([1, 3])).mean()
+
+    return jax.jit(jax.grad(loss), compiler_options=QUICK)(drawn(network)["params"])
+
+
 @pytest.mark.parametrize("how", ["convolutions", "blocks", "all"])
 def test_forgetting_changes_no_gradient(tiny, how):
-    label = jnp.array([1, 3])
-
-    def gradients(network):
-        def loss(params):
-            logits, _ = network.apply({"params": params}, RGB, FLOW, train=False)
-            return cross_entropy([logits], label).mean()
-
-        return jax.jit(jax.grad(loss), compiler_options=QUICK)(drawn(network)["params"])
-
     network = tiny({"remat.spatial": how, "remat.temporal": how})
     assert network == tiny({"remat.spatial": how, "remat.temporal": how})
-    expected = gradients(tiny())
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.abs(b).max())),
         gradients(network),
-        expected,
+        gradients(tiny()),
     )
 
 
@@ -800,7 +802,13 @@ def moved(params, step, size):
     return jax.tree.map(lambda p, d: p + size * d, params, step)
 
 
-@pytest.mark.parametrize("changes", [{}, GROUP | {"head.pool": "per_step_loss", "tpn.psi": "max"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        GROUP | {"head.pool": "per_step_loss", "tpn.psi": "max"},
+    ],
+)
 def test_gradients_are_slopes(tiny, changes):
     """The gradient of every part against differences of the loss, in float64."""
     network, label = tiny(changes), jnp.array([1, 3])

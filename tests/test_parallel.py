@@ -90,7 +90,7 @@ def runs(tiny_model_settings):
     config = tiny_model_settings
     config["drop"] = {"input": 0.0, "output": 0.0, "semantics": "drop"}
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
     }
     done = subprocess.run(
