@@ -15,7 +15,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from stf_jax import host
+from stf_jax import host, startup
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
 _SUBSET = flags.DEFINE_enum("subset", "test", ["train", "validation", "test"], "What to score.")
@@ -59,4 +59,5 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     host.use_huge_pages()
+    startup.keep_programs()
     app.run(main)

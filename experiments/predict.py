@@ -11,7 +11,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from stf_jax import host
+from stf_jax import host, startup
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
 _TOP = flags.DEFINE_integer("top", 5, "Classes to print per file.", lower_bound=1)
@@ -46,4 +46,5 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     host.use_huge_pages()
+    startup.keep_programs()
     app.run(main)

@@ -12,16 +12,20 @@ import shutil
 from collections.abc import Mapping
 from concurrent import futures
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from stf_jax import progress
+from stf_jax import progress, startup
 from stf_jax.model import Params
 from stf_jax.optim import by_path, parameter_path
+
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp
+else:
+    ocp = startup.Later("orbax.checkpoint")
 
 # Orbax reports every internal timing, and JAX every kind of device that is not there.
 for _chatty in ("absl", "jax"):
@@ -76,7 +80,7 @@ class Checkpoints:
     def clean(self) -> None:
         """Removes what a killed save left; to be called by who alone may write here."""
         for path in sorted(self._folder.glob(".saving-*")):
-            shutil.rmtree(path)
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
             progress.say(f"{self._folder}: removed {path.name}, left by a save that was killed")
 
     def check_space(self, tree: Any) -> None:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from stf_jax import host
+from stf_jax import host, startup
 
 if TYPE_CHECKING:
     from stf_jax.index import VideoIndex
@@ -86,15 +86,22 @@ def _work(run: "Run", settings: "Settings", origin: dict[str, Any]) -> dict[str,
     from stf_jax.evaluate import score_run, write_samples, write_scores
     from stf_jax.progress import peak_memory_mb
     from stf_jax.records import prepare_records
-    from stf_jax.report import write_report
     from stf_jax.run import allowed_mismatches, scored_index, stamp_of, with_source, write_videos
-    from stf_jax.train import abstract_state, train_stage
+    from stf_jax.train import abstract_state, compile_ahead, train_stage
 
+    startup.reached("imports")
     # A network that does not fit its clips fails here, not after hours of preparation.
     for name in settings.config.stage_order:
         abstract_state(settings, 2, name)
     index = load_index(settings.config.data)
     progress.say(index.summary())
+    order = settings.config.stage_order
+    todo = [name for name in order if not run.stage_file(name, "done.json").exists()]
+    fresh = todo == list(order) and not any(run.stage_file(order[0], "last").glob("[0-9]*"))
+    ahead = None
+    if todo:
+        ahead = compile_ahead(settings, len(index.class_names), todo[0], fresh=fresh)
+    startup.reached("tracing")
     began = time.monotonic()
     records = prepare_records(index, settings.records)
     index = with_source(run, settings, index, records)
@@ -102,9 +109,9 @@ def _work(run: "Run", settings: "Settings", origin: dict[str, Any]) -> dict[str,
     data["stamp"] = stamp_of(index, settings)
     run.write_json("data.json", data)
     write_videos(run, index, records)
-    stages = [
-        train_stage(run, settings, name, index, records) for name in settings.config.stage_order
-    ]
+    startup.reached("data")
+    stages = [train_stage(run, settings, name, index, records, ahead) for name in order]
+    startup.note_programs()
     began = time.monotonic()
     index = scored_index(run, settings, index, records)
     if index.seen is not None:
@@ -125,6 +132,7 @@ def _work(run: "Run", settings: "Settings", origin: dict[str, Any]) -> dict[str,
         "class_names": list(index.class_names),
         "chance": 1 / len(index.class_names),
         "seconds": seconds,
+        "start_up": startup.parts(),
         "data": {key: data[key] for key in ("name", "root", "counts")},
         "stages": stages,
         "environment": environment(),
@@ -134,6 +142,9 @@ def _work(run: "Run", settings: "Settings", origin: dict[str, Any]) -> dict[str,
         "parameters": count_parameters(settings.abstract_params(len(index.class_names))),
     }
     run.write_json("results.json", results)
+    startup.note_programs()
+    from stf_jax.report import write_report
+
     write_report(run.workdir)
     return results
 
@@ -326,6 +337,9 @@ def _nearest_keys(unknown: str, argv: Sequence[str]) -> str:
 def cli() -> None:
     """The entry point."""
     host.use_huge_pages()
+    startup.keep_programs()
+    startup.begin()
+    startup.reached("process")
     app.run(main, flags_parser=_parse)
 
 

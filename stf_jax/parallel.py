@@ -99,6 +99,24 @@ def keep_placed(tree: Tree, mesh: Mesh) -> Tree:
     return jax.lax.with_sharding_constraint(tree, shardings(tree, mesh))
 
 
+def shapes_placed(tree: Tree, mesh: Mesh) -> Tree:
+    """The shapes of what `place` would return, to compile for."""
+    return _shapes(tree, shardings(tree, mesh))
+
+
+def shapes_of_rows(batch: Tree, mesh: Mesh) -> Tree:
+    """The shapes of what `divide` would return, to compile for."""
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    return _shapes(batch, jax.tree.map(lambda _: rows, batch))
+
+
+def _shapes(tree: Tree, places: Any) -> Tree:
+    def of(leaf: Any, place: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    return jax.tree.map(of, tree, places)
+
+
 def part_of_batch(devices: np.ndarray, process: int) -> tuple[int, int]:
     """Which part of every batch a process reads: the rows that its own devices work on.
 

@@ -4,20 +4,27 @@ Everything random is a function of (seed, epoch, video id), and the order of (se
 stream that starts at step k gives the very batches that one started at 0 gives from there on.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import tensorflow as tf
 
 from stf_jax import flow as optical_flow
 from stf_jax.index import ClipEntry
 from stf_jax.inputs import Batch
 from stf_jax.prepare import RecordSettings, flow_between
 from stf_jax.records import Records
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+else:
+    from stf_jax.records import tf
 
 _CHOICES = {
     "stride_per": ("clip", "frame"),

@@ -1,12 +1,14 @@
 """A trained run on any video file."""
 
+from __future__ import annotations
+
 import dataclasses
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 import numpy as np
-import tensorflow as tf
 
 from stf_jax.checkpoint import Params
 from stf_jax.evaluate import score_batch
@@ -15,6 +17,11 @@ from stf_jax.model import Network, fold_pyramid
 from stf_jax.pipeline import SamplingSettings, clip_indices, decode_clip
 from stf_jax.prepare import EncodedVideo, RecordSettings, encode_video
 from stf_jax.run import Run, Settings, allowed_mismatches, best_params
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+else:
+    from stf_jax.records import tf
 
 
 def clip_of(
@@ -57,7 +64,7 @@ class Predictor:
     warning: str = ""
 
     @classmethod
-    def load(cls, workdir: Path) -> "Predictor":
+    def load(cls, workdir: Path) -> Predictor:
         """Reads a run's folder.
 
         Raises:

@@ -11,6 +11,8 @@ known beforehand, so a shard is also the unit that is finished, checked and repa
     video_records/<version>/      the shards, in the format of tfds
 """
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import functools
@@ -22,105 +24,30 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import tensorflow as tf
-import tensorflow_datasets as tfds
-from array_record.python import array_record_module
-
-from stf_jax import prepare, progress
+from stf_jax import prepare, progress, startup
 from stf_jax.index import VideoIndex, check_duplicates
-from stf_jax.prepare import ManifestRow, RecordSettings, StagedVideo
+from stf_jax.prepare import ManifestRow, RecordSettings
 
-# TensorFlow only reads files here; left alone it would take the whole memory of every GPU.
-tf.config.set_visible_devices([], "GPU")
+if TYPE_CHECKING:
+    import tensorflow as tf
+    import tensorflow_datasets as tfds
+    from array_record.python import array_record_module
 
-_SPLIT = "videos"
+    from stf_jax import shards as writing
+else:
+    tf = startup.Later("tensorflow", also="stf_jax.shards")
+    tfds = startup.Later("tensorflow_datasets", also="stf_jax.shards")
+    array_record_module = startup.Later("array_record.python.array_record_module")
+    writing = startup.Later("stf_jax.shards")
+
 _NAME = "video_records"
 # A shard ends with the video that reaches either. As records, UCF101's take about 16 times the
 # space of its files at 256x256: 250 MB.
 _SHARD_VIDEOS, _SHARD_SOURCE_BYTES = 32, 16 << 20
-# Each record by itself, for random access; JPEG is compressed already.
-_WRITER_OPTIONS = "group_size:1,uncompressed"
-
 # The file of each video id of one shard, in the order of its records.
 Shard = Mapping[str, Path]
-
-
-class VideoRecords(tfds.core.ShardBasedBuilder):
-    """One example per usable video: `video_id`, `frames` [t], `flow` [t-1] (JPEG), `times` [t].
-
-    `times` are microseconds since the first frame. A shard is made by one call that needs nothing
-    but the files of its videos, so Apache Beam can spread the calls over machines.
-    """
-
-    VERSION = tfds.core.Version(f"{prepare.FORMAT}.0.0")
-
-    def __init__(self, shards: Sequence[Shard], staging: Path, settings: RecordSettings, **kwargs):
-        """Takes the shards and where each keeps its finished videos; `kwargs` go to tfds."""
-        self._shards, self._staging, self._settings = shards, staging, settings
-        super().__init__(file_format="array_record", **kwargs)
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        strings = tfds.features.Tensor(shape=(None,), dtype=tf.string)
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="Encoded frames and quantised optical flow of every usable video.",
-            features=tfds.features.FeaturesDict(
-                {
-                    "video_id": tfds.features.Text(),
-                    "frames": strings,
-                    "flow": strings,
-                    "times": tfds.features.Tensor(shape=(None,), dtype=tf.int64),
-                }
-            ),
-        )
-
-    def _shard_iterators_per_split(self, dl_manager):
-        del dl_manager  # The files are on disk.
-        one_each = dataclasses.replace(self._settings, workers=1)
-        calls = [
-            functools.partial(_shard_examples, shard, self._staging / _number(k), one_each)
-            for k, shard in enumerate(self._shards)
-        ]
-        return {_SPLIT: calls}
-
-    def _example_writer(self):
-        return _ShardWriter(self.info.file_format)
-
-
-def _shard_examples(
-    shard: Shard, staging: Path, settings: RecordSettings
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The examples of a shard: prepares its videos, wherever this runs, and reads them."""
-    prepare.sweep(staging)
-    for _ in prepare.stage_videos(shard, staging, settings, announce=False):
-        pass
-    for video_id in shard:
-        staged = prepare.read_staged(prepare.staged_path(staging, video_id))
-        if staged.row.usable:
-            yield video_id, _example(staged)
-
-
-def _example(staged: StagedVideo) -> dict[str, Any]:
-    return {
-        "video_id": staged.row.video_id,
-        "frames": list(staged.frames),
-        "flow": list(staged.flow),
-        "times": np.array(staged.times, np.int64),
-    }
-
-
-class _ShardWriter(tfds.core.ExampleWriter):
-    """Writes the same examples as the same bytes: protobuf leaves the order of a map open."""
-
-    def write(self, path: os.PathLike, examples: Iterable[tuple[Any, bytes]]) -> None:
-        writer = array_record_module.ArrayRecordWriter(os.fspath(path), _WRITER_OPTIONS)
-        for _, serialised in examples:
-            example = tf.train.Example.FromString(serialised)
-            writer.write(example.SerializeToString(deterministic=True))
-        writer.close()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +130,7 @@ def open_records(folder: Path, settings: RecordSettings) -> Records:
     digest = hashlib.sha256(manifest.read_bytes()).hexdigest()
     rows = prepare.read_manifest(manifest)
     builder = tfds.builder_from_directory(_data_folder(folder))
-    return Records(folder, settings, rows, digest, builder, builder.as_data_source(_SPLIT))
+    return Records(folder, settings, rows, digest, builder, builder.as_data_source(writing.SPLIT))
 
 
 def record_folder(index: VideoIndex, settings: RecordSettings) -> Path:
@@ -219,7 +146,7 @@ def _key(index: VideoIndex, settings: RecordSettings) -> str:
 
 
 def _data_folder(folder: Path) -> Path:
-    return folder / _NAME / str(VideoRecords.VERSION)
+    return folder / _NAME / f"{prepare.FORMAT}.0.0"
 
 
 # --- shards ----------------------------------------------------------------------------------
@@ -250,7 +177,7 @@ def _template(folder: Path) -> tfds.core.ShardedFileTemplate:
     return tfds.core.ShardedFileTemplate(
         data_dir=_data_folder(folder),
         dataset_name=_NAME,
-        split=_SPLIT,
+        split=writing.SPLIT,
         filetype_suffix="array_record",
     )
 
@@ -276,13 +203,13 @@ class ShardNote:
     rows: tuple[ManifestRow, ...]
 
     @classmethod
-    def of(cls, path: Path, rows: Sequence[ManifestRow]) -> "ShardNote":
+    def of(cls, path: Path, rows: Sequence[ManifestRow]) -> ShardNote:
         """Describes a shard that has just been written."""
         digest, size = prepare.file_digest(path)
         return cls(path.name, size, digest, tuple(rows))
 
     @classmethod
-    def read(cls, path: Path) -> "ShardNote | None":
+    def read(cls, path: Path) -> ShardNote | None:
         """Reads a note; None if it is absent or damaged."""
         try:
             digest, _, body = path.read_bytes().partition(b"\n")
@@ -348,7 +275,7 @@ def _make_shards(shards: Sequence[Shard], settings: RecordSettings, folder: Path
         if note is None or note.fault(folder, whole=False):
             missing[k] = set(shard)
     home = {video_id: k for k in missing for video_id in shards[k]}
-    features = VideoRecords(shards, staging, settings, data_dir=folder).info.features
+    features = writing.VideoRecords(shards, staging, settings, data_dir=folder).info.features
     to_do = {video_id: shards[k][video_id] for video_id, k in home.items()}
     with contextlib.closing(prepare.stage_videos(to_do, staging, settings)) as staged:
         for row in staged:
@@ -374,10 +301,10 @@ def _pack(
             video = prepare.read_staged(prepare.staged_path(staging, video_id))
             rows.append(video.row)
             if video.row.usable:
-                yield video_id, features.serialize_example(_example(video))
+                yield video_id, features.serialize_example(writing.example(video))
 
     aside = path.with_name(f".{path.name}.part")
-    _ShardWriter(tfds.core.FileFormat.ARRAY_RECORD).write(aside, examples())
+    writing.ShardWriter(tfds.core.FileFormat.ARRAY_RECORD).write(aside, examples())
     with open(aside, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(aside, path)
@@ -396,7 +323,7 @@ def _make_shards_on_beam(
     runner = beam_options.view_as(StandardOptions).runner or "DirectRunner"
     shutil.rmtree(folder / _NAME, ignore_errors=True)  # tfds would take an old one for the new
     staging = folder / "staged"
-    builder = VideoRecords(shards, staging, settings, data_dir=folder)
+    builder = writing.VideoRecords(shards, staging, settings, data_dir=folder)
     tfds.disable_progress_bar()
     progress.say(f"{runner} makes {len(shards)} shards")
     with contextlib.redirect_stdout(io.StringIO()):  # tfds talks of downloads; there are none
@@ -425,12 +352,12 @@ def _finish(
         reasons = "; ".join(f"{row.video_id}: {row.reason}" for row in rows[:5])
         raise ValueError(f"None of the {len(rows)} files under {index.root} is usable ({reasons}).")
     split = tfds.core.SplitInfo(
-        name=_SPLIT,
+        name=writing.SPLIT,
         shard_lengths=[sum(row.usable for row in note.rows) for note in notes],
         num_bytes=sum(note.bytes for note in notes),
         filename_template=_template(folder),
     )
-    builder = VideoRecords([], folder, settings, data_dir=folder.parent / "never written")
+    builder = writing.VideoRecords([], folder, settings, data_dir=folder.parent / "never written")
     builder.info.set_splits(tfds.core.SplitDict([split]))
     builder.info.write_to_directory(_data_folder(folder))
     prepare.write_aside(folder / "manifest.csv", _manifest(notes))
@@ -508,7 +435,7 @@ def _check(
     damage: dict[int, list[str]] = {}
     retried: dict[int, list[str]] = {}
     notes = []
-    features = VideoRecords([], folder, settings, data_dir=folder).info.features
+    features = writing.VideoRecords([], folder, settings, data_dir=folder).info.features
     with (
         progress.bar(total=len(shards), description="checking records", unit="shard") as bar,
         ThreadPoolExecutor(settings.workers or os.cpu_count()) as threads,

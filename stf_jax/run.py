@@ -18,7 +18,7 @@ from stf_jax import prepare, protocols
 from stf_jax.augment import AugmentSettings
 from stf_jax.checkpoint import Checkpoints, Params
 from stf_jax.index import ClipEntry, VideoIndex, some
-from stf_jax.inputs import InputSettings
+from stf_jax.inputs import Batch, InputSettings
 from stf_jax.model import Network, build_model
 from stf_jax.optim import OptimizerSettings, StageSettings
 from stf_jax.parallel import make_mesh
@@ -121,20 +121,43 @@ class Settings:
         shape = (batch, self.sampling.num_frames, self.inputs.crop_size, self.inputs.crop_size)
         return (*shape, 3), (*shape, self.inputs.channels(self.sampling.flow_frames))
 
+    def stored_batch(self) -> Batch:
+        """The shapes and dtypes of a training batch of all processes together."""
+        size, side = self.config.batch_size, self.records.size
+        clip = (size, self.sampling.num_frames)
+        shape: Any = jax.ShapeDtypeStruct
+        return Batch(
+            rgb=shape((*clip, side, side, 3), jnp.uint8),
+            flow=shape((*clip, 2 * self.sampling.flow_frames, side, side), jnp.uint8),
+            label=shape((size,), jnp.int32),
+            mask=shape((size,), jnp.bool_),
+            entry=shape((size,), jnp.int32),
+            seed=shape((size, 2), jnp.uint32),
+        )
+
     def initial_params(self, model: Network) -> Params:
         """Random parameters, from the run's seed."""
         rgb, flow = self.clip_shapes(1)
         return _compiled_init(jax.random.key(self.config.seed), model=model, rgb=rgb, flow=flow)
 
+    def compile_initial_params(self, model: Network) -> None:
+        """Compiles what `initial_params` calls."""
+        rgb, flow = self.clip_shapes(1)
+        _compiled_init.lower(jax.random.key(0), model=model, rgb=rgb, flow=flow).compile()
+
     def abstract_params(self, num_classes: int) -> Params:
         """The shapes and dtypes of the parameters; costs no memory."""
-        rgb, flow = self.clip_shapes(1)
-        init = functools.partial(_init, model=self.model(num_classes), rgb=rgb, flow=flow)
-        return jax.eval_shape(init, jax.random.key(0))
+        return _abstract_params(self.model(num_classes), *self.clip_shapes(1))
 
 
 def _init(key: jax.Array, *, model: Network, rgb: tuple[int, ...], flow: tuple[int, ...]) -> Params:
     return model.init({"params": key}, jnp.zeros(rgb), jnp.zeros(flow), train=False)["params"]
+
+
+@functools.lru_cache(maxsize=8)  # a start asks five times, for a third of a second each
+def _abstract_params(model: Network, rgb: tuple[int, ...], flow: tuple[int, ...]) -> Params:
+    init = functools.partial(_init, model=model, rgb=rgb, flow=flow)
+    return jax.eval_shape(init, jax.random.key(0))
 
 
 # Runs once, on zeros: what counts is the time to compile, which is a third of the usual this way.

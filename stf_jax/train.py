@@ -6,6 +6,7 @@ import json
 import signal
 import time
 from collections.abc import Iterator, Sequence
+from concurrent import futures
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -18,7 +19,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from stf_jax import prepare, progress
+from stf_jax import prepare, progress, startup
 from stf_jax.augment import AugmentSettings, mix, mixup_shares, next_row
 from stf_jax.checkpoint import Checkpoints, Params
 from stf_jax.evaluate import evaluate_subset
@@ -34,6 +35,8 @@ from stf_jax.parallel import (
     keep_placed,
     part_of_batch,
     place,
+    shapes_of_rows,
+    shapes_placed,
 )
 from stf_jax.pipeline import batches, steps_per_epoch
 from stf_jax.records import Records
@@ -210,6 +213,61 @@ def _examples(batch: Batch, inputs: InputSettings, augment: AugmentSettings) -> 
     return _Examples(rgb, flow, batch.label, next_row(batch.label), share, batch.mask, row)
 
 
+@dataclasses.dataclass(frozen=True)
+class Ahead:
+    """What is being compiled beside other work; each raises what the compiler raises.
+
+    Args:
+      weights: the program that draws the first weights; done at once if none are drawn.
+      step: the training step.
+    """
+
+    weights: futures.Future[Any]
+    step: futures.Future[Any]
+
+
+def compile_ahead(settings: Settings, num_classes: int, name: str, *, fresh: bool) -> Ahead:
+    """Starts to compile what the first step needs, beside what else there is to do before it.
+
+    The calls find the programs: they are those of these shapes, wherever they were compiled.
+
+    Args:
+      settings: the run's settings.
+      num_classes: of its videos.
+      name: of the stage; another one that trains the same parts uses the same program.
+      fresh: whether weights are going to be drawn.
+    """
+    model = settings.model(num_classes)
+    arguments = _step_shapes(settings, num_classes, name)
+    lowered = train_step.lower(*arguments, **_static(settings, name, model))
+    # Threads that Python waits for at the end: XLA does not survive being left alone.
+    workers = futures.ThreadPoolExecutor(2, thread_name_prefix="compiler")
+    step = workers.submit(lowered.compile)
+    draw = functools.partial(settings.compile_initial_params, model) if fresh else lambda: None
+    ahead = Ahead(workers.submit(draw), step)
+    workers.shutdown(wait=False)
+    return ahead
+
+
+def _step_shapes(settings: Settings, num_classes: int, name: str) -> tuple[Any, ...]:
+    """The shapes of the other arguments of `train_step`, as they lie on the devices."""
+    state = shapes_placed(abstract_state(settings, num_classes, name), settings.mesh)
+    batch = shapes_of_rows(settings.stored_batch(), settings.mesh)
+    return state, batch, jax.eval_shape(jax.random.key, 0), jax.ShapeDtypeStruct((), jnp.float32)
+
+
+def _static(settings: Settings, name: str, model: Network) -> dict[str, Any]:
+    """The arguments of `train_step` that a program is compiled for."""
+    return {
+        "model": model,
+        "inputs": settings.inputs,
+        "augment": settings.augment,
+        "optimizer": settings.optimizer,
+        "rates": settings.stages[name].rates,
+        "mesh": settings.mesh,
+    }
+
+
 @dataclasses.dataclass
 class StageProgress:
     """What the loop remembers between epochs; stored with every checkpoint.
@@ -248,7 +306,12 @@ class StageProgress:
 
 
 def train_stage(
-    run: Run, settings: Settings, name: str, index: VideoIndex, records: Records
+    run: Run,
+    settings: Settings,
+    name: str,
+    index: VideoIndex,
+    records: Records,
+    ahead: Ahead | None = None,
 ) -> dict[str, Any]:
     """Trains one stage to its end, from wherever it stands.
 
@@ -258,6 +321,7 @@ def train_stage(
       name: the stage.
       index: the videos.
       records: their stored frames and flow.
+      ahead: of `compile_ahead`, waited for before weights are drawn and before the first step.
 
     Returns:
       The stage's summary, also written to its `done.json`.
@@ -278,9 +342,13 @@ def train_stage(
         checkpoints.clean()
     last.check_space(abstract_state(settings, len(index.class_names), name))
     with closing(last), closing(best):
+        if ahead is not None:
+            ahead.weights.result()
         state, memory = _start(run, settings, name, stamp_of(index, settings), last)
+        startup.reached("weights")
         with stop_requests() as stop:
             loop = _Loop(run, settings, name, index, records, best, last, stop, int(state.step))
+            loop.ahead = ahead
             stopped = loop.finished(memory)
             while not stopped:
                 state = loop.epoch(state, memory)
@@ -380,6 +448,7 @@ class _Loop:
         self._validates = self._resplits or bool(usable_entries(index, records, "validation"))
         self._stream = divided_ahead(self._clips(start_step), settings.mesh)
         self._clock = time.monotonic()
+        self.ahead: Ahead | None = None
 
     def _trained_on(self, epoch: int) -> list[ClipEntry]:
         view = epoch_index(self._index, self._records, self._number, epoch)
@@ -430,19 +499,17 @@ class _Loop:
         ) as bar:
             for batch, divided in self._timed(self._per_epoch - first, memory):
                 step = int(state.step)
+                self._await_program()
                 state, loss = train_step(
                     state,
                     compute_flow(divided, self._settings.records),
                     self._key,
                     np.float32(self._rate(step)),
-                    model=self._model,
-                    inputs=self._settings.inputs,
-                    augment=self._settings.augment,
-                    optimizer=self._settings.optimizer,
-                    rates=self._stage.rates,
-                    mesh=self._settings.mesh,
+                    **_static(self._settings, self._name, self._model),
                 )
                 self._check_finite(float(loss), step, batch)
+                if startup.first_step_done():
+                    startup.note_programs()
                 bar.update()
                 bar.set_postfix(loss=f"{float(loss):.3f}", refresh=False)
                 step += 1
@@ -460,6 +527,13 @@ class _Loop:
             batch = next(self._stream)
             memory.waiting_seconds += time.monotonic() - began
             yield batch
+
+    def _await_program(self) -> None:
+        startup.reached("clips")
+        if self.ahead is not None:
+            self.ahead.step.result()
+            self.ahead = None
+            startup.reached("compiler")
 
     def _check_finite(self, loss: float, step: int, batch: Batch) -> None:
         if np.isfinite(loss):

@@ -15,9 +15,9 @@ from stf_jax.run import Settings
 ROOT = Path(__file__).parent.parent
 # The walk: a module imports only modules that come before it.
 WALK = (
-    "host progress archives index protocols layouts demo video flow tvl1 datasets prepare records "
-    "augment inputs pipeline convolution vgg streams fusion recurrent model metrics optim parallel "
-    "checkpoint transfer run evaluate train cost predict report main"
+    "host progress startup archives index protocols layouts demo video flow tvl1 datasets "
+    "prepare shards records augment inputs pipeline convolution vgg streams fusion recurrent model "
+    "metrics optim parallel checkpoint transfer run evaluate train cost predict report main"
 ).split()
 MODULES = {path.stem: path for path in (ROOT / "stf_jax").glob("*.py") if path.stem != "__init__"}
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -47,7 +47,7 @@ def test_modules_import_only_what_comes_before(name):
 
 def test_heavy_libraries_stay_in_their_modules():
     homes = {
-        "tensorflow": {"records", "pipeline", "predict"},
+        "tensorflow": {"shards", "records", "pipeline", "predict"},
         "cv2": {"flow", "prepare", "demo", "report"},
         "av": {"video", "demo"},
         "orbax": {"checkpoint"},
@@ -67,6 +67,7 @@ def test_heavy_libraries_stay_in_their_modules():
         ("stf_jax.model", ["tensorflow", "cv2", "av"]),
         ("stf_jax.main", ["tensorflow", "cv2", "av", "jax", "flax"]),
         ("stf_jax.prepare", ["tensorflow", "jax"]),
+        ("stf_jax.train", ["tensorflow", "tensorflow_datasets", "orbax", "matplotlib"]),
     ],
 )
 def test_importing_does_not_drag_in(module, absent):

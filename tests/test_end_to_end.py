@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -10,11 +11,16 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from stf_jax import demo
+from stf_jax.run import Run
+from stf_jax.train import abstract_state
 
 ROOT = Path(__file__).parent.parent
+SEED = 5  # of when the run is killed
 # Every part is there, only smaller: see `demo` for what the real one is.
 SMALL = (
     "--config.data.validation_fraction=0.3",
@@ -30,7 +36,7 @@ SMALL = (
     "--config.model.lstm.hidden=8",
     "--config.stages.first.max_epochs=2",
     "--config.stages.second.max_epochs=1",
-    "--config.checkpoint_every_steps=2",
+    "--config.checkpoint_every_steps=4",
 )
 
 
@@ -61,26 +67,31 @@ def _command(place, workdir, *more):
     ]  # fmt: skip
 
 
-def _finish(command):
+def _finish(command, seconds=240):
     done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
+        command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
 
-def _until(command, seen):
-    """Starts a command, kills it with SIGKILL when `seen()` holds; returns how it ended."""
+def _until(command, seen, *, signum=signal.SIGKILL, wait=0.0):
+    """Starts a command and sends it a signal once `seen()` holds; returns its code and errors."""
     process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
     )  # fmt: skip
     deadline = time.monotonic() + 200
     while not seen() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert process.poll() is None, "it ended before it could be killed"
-    os.killpg(process.pid, signal.SIGKILL)
-    return process.wait()
+    time.sleep(wait)
+    assert process.poll() is None, "it ended before the signal"
+    if signum == signal.SIGKILL:
+        os.killpg(process.pid, signum)  # its workers too
+    else:
+        process.send_signal(signum)
+    _, errors = process.communicate(timeout=60)
+    return process.returncode, errors
 
 
 def _steps(place, workdir, stage):
@@ -90,14 +101,19 @@ def _steps(place, workdir, stage):
 
 @pytest.fixture(scope="module")
 def killed(place):
-    """The run, killed in the preparation and in both stages, and then finished."""
+    """The run, stopped in the preparation, twice in the first stage, in the second; finished."""
     command = _command(place, "killed")
     staged = lambda: len(list((place / "records").glob("*/staged/*.npz"))) > 5  # noqa: E731
-    assert _until(command, staged) == -signal.SIGKILL
-    first = lambda: any(s in (2, 4, 6) for s in _steps(place, "killed", "first"))  # noqa: E731
-    assert _until(command, first) == -signal.SIGKILL
-    second = lambda: bool(_steps(place, "killed", "second"))  # noqa: E731
-    assert _until(command, second) == -signal.SIGKILL
+    assert _until(command, staged)[0] == -signal.SIGKILL
+    some = lambda: bool(_steps(place, "killed", "first"))  # noqa: E731
+    code, errors = _until(command, some, signum=signal.SIGINT)
+    assert code == 128 + signal.SIGINT
+    assert "the same command goes on from here" in errors and "Traceback" not in errors
+    # At any step of either stage, and at any moment of it.
+    chance = random.Random(SEED)
+    stage, step = chance.choice([("first", 6), ("first", 8), ("second", 4)])
+    there = lambda: any(s >= step for s in _steps(place, "killed", stage))  # noqa: E731
+    assert _until(command, there, wait=chance.uniform(0, 0.3))[0] == -signal.SIGKILL
     return _finish(command)
 
 
@@ -120,6 +136,20 @@ def test_a_run_killed_three_times_ends_as_one_that_was_not(place, killed):
         assert stage == twin
     scores = [(place / w / "scores.csv").read_bytes() for w in ("killed", "whole")]
     assert scores[0] == scores[1]
+    for stage in ("first", "second"):
+        (step, state, _), twin = (_final(place / w, stage) for w in ("killed", "whole"))
+        assert step == twin[0] > 0
+        jax.tree.map(np.testing.assert_array_equal, state, twin[1])
+
+
+def _final(workdir, stage):
+    """Step, training state and record that a stage ended with."""
+    run = Run(workdir)
+    last = run.last(stage)
+    try:
+        return last.restore(abstract_state(run.settings(), 8, stage))
+    finally:
+        last.close()
 
 
 def test_the_results_say_all_that_a_number_needs(place, killed):
@@ -131,6 +161,10 @@ def test_the_results_say_all_that_a_number_needs(place, killed):
     assert results["config_file"] == "configs/demo.py" and results["seed"] == 0
     assert results["changes"]["sampling.num_frames"] == 8 and results["peak_memory_mb"] > 100
     assert {"commit", "jax", "machine", "devices"} <= results["environment"].keys()
+    # The last start was killed in one stage and went on from there: it did a first step.
+    parts = ["process", "imports", "tracing", "data", "weights", "clips", "compiler", "first step"]
+    assert list(results["start_up"]) == parts and sum(results["start_up"].values()) > 1
+    assert re.search(r"^first training step [\d.]+ s after the command: process ", killed, re.M)
     assert results["stages"][1]["learning_rate"] < results["stages"][0]["learning_rate"]
 
 
@@ -154,11 +188,15 @@ def test_calling_again_says_that_all_is_done(place, killed):
     assert (place / "killed" / "results.json").read_bytes() == before
 
 
-def test_evaluation_repeats_the_results_to_the_last_digit(place, killed):
+def test_evaluation_repeats_the_results_to_the_last_digit_also_where_a_run_was_moved(place, killed):
     results = _results(place, "killed")
-    command = [sys.executable, "experiments/evaluate.py", f"--workdir={place}/killed"]
-    first = _finish([*command, f"--scores={place}/again.csv"])
-    assert first == _finish(command)
+    command = [sys.executable, "experiments/evaluate.py"]
+    first = _finish([*command, f"--workdir={place}/killed", f"--scores={place}/again.csv"])
+    (place / "killed").rename(place / "moved")
+    try:
+        assert _finish([*command, f"--workdir={place}/moved"]) == first
+    finally:
+        (place / "moved").rename(place / "killed")
     figures = json.loads(first)
     for key in ("top1", "top5", "mean_class_accuracy", "loss", "confusion", "num_videos",
                 "interval95", "protocol", "leaky"):  # fmt: skip
@@ -191,24 +229,17 @@ def test_the_report_stands_alone(place, killed):
         assert shown in page.lower() or shown in page
 
 
-def test_a_run_that_was_moved_still_evaluates(place, killed):
-    (place / "killed").rename(place / "moved")
-    try:
-        command = [sys.executable, "experiments/evaluate.py", f"--workdir={place}/moved"]
-        assert json.loads(_finish(command))["top1"] == _results(place, "moved")["top1"]
-    finally:
-        (place / "moved").rename(place / "killed")
-
-
-def test_a_signal_saves_and_says_how_to_go_on(place, killed):
-    command = _command(place, "asked", "--config.stages.first.max_epochs=50")
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 120
-    while not _steps(place, "asked", "first") and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGINT
-    assert "the same command goes on from here" in errors and "Traceback" not in errors
+@pytest.mark.slow
+def test_a_storm_of_faults_changes_nothing(tmp_path):
+    """The shrunk demo through every kind of fault once; see experiments/bench/chaos.py."""
+    told = _finish(
+        [sys.executable, "experiments/bench/chaos.py", "--faults=22", "--seed=1",
+         f"--out={tmp_path}/chaos.csv"],
+        seconds=1200,
+    )  # fmt: skip
+    assert re.search(r"^\d+ faults survived in \d+ s: \d+ digests are the same$", told, re.M)
+    with open(tmp_path / "chaos.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert all(row["identical"] == "True" for row in rows)
+    (whole,) = [row for row in rows if row["kind"] == "all"]
+    assert int(whole["struck"]) >= 20

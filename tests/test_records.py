@@ -15,6 +15,7 @@ from stf_jax import prepare, records
 from stf_jax.datasets import ClipEntry, VideoIndex, load_index
 from stf_jax.prepare import RecordSettings, encode_video
 from stf_jax.records import open_records, prepare_records, verify_records
+from stf_jax.shards import VideoRecords
 
 
 @pytest.fixture
@@ -305,7 +306,7 @@ def test_the_tfds_builder_by_itself_makes_the_same_shards(index, settings, monke
     monkeypatch.setattr(records, "_SHARD_VIDEOS", 8)
     made = prepare_records(index, settings)
     shards = records.plan_shards({entry.video_id: index.path(entry) for entry in index.entries})
-    builder = records.VideoRecords(shards, tmp_path / "s", settings, data_dir=tmp_path / "by_tfds")
+    builder = VideoRecords(shards, tmp_path / "s", settings, data_dir=tmp_path / "by_tfds")
     builder.download_and_prepare()
     by_tfds = _digests(tmp_path / "by_tfds" / "video_records")
     assert len(by_tfds) == 4  # two shards, and what describes them
