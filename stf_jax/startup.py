@@ -67,7 +67,7 @@ def keep_programs(environment: MutableMapping[str, str] = os.environ) -> Path | 
         progress.say(f"{folder}: compiled programs are not kept ({error})")
         return None
     environment["JAX_COMPILATION_CACHE_DIR"] = str(folder)
-    environment.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+    environment.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     # XLA's own files beside the programs have no digests, and a choice of kernels that they hold
     # could change the last bits of a run.
     environment.setdefault("JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES", "none")

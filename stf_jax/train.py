@@ -5,7 +5,7 @@ import functools
 import json
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -237,16 +237,24 @@ def compile_ahead(settings: Settings, num_classes: int, name: str, *, fresh: boo
       name: of the stage; another one that trains the same parts uses the same program.
       fresh: whether weights are going to be drawn.
     """
-    model = settings.model(num_classes)
-    arguments = _step_shapes(settings, num_classes, name)
-    lowered = train_step.lower(*arguments, **_static(settings, name, model))
+    model, stored = settings.model(num_classes), settings.records
+    step: Callable[[], Any] = _nothing
+    draw: Callable[[], Any] = _nothing
+    # Flow that is computed on the devices comes from a program that decides how it lies on them.
+    if stored.flow_source == "stored" or stored.flow_algorithm != "tvl1":
+        arguments = _step_shapes(settings, num_classes, name)
+        step = train_step.lower(*arguments, **_static(settings, name, model)).compile
+    if fresh:
+        draw = functools.partial(settings.compile_initial_params, model)
     # Threads that Python waits for at the end: XLA does not survive being left alone.
     workers = futures.ThreadPoolExecutor(2, thread_name_prefix="compiler")
-    step = workers.submit(lowered.compile)
-    draw = functools.partial(settings.compile_initial_params, model) if fresh else lambda: None
-    ahead = Ahead(workers.submit(draw), step)
+    ahead = Ahead(step=workers.submit(step), weights=workers.submit(draw))
     workers.shutdown(wait=False)
     return ahead
+
+
+def _nothing() -> None:
+    pass
 
 
 def _step_shapes(settings: Settings, num_classes: int, name: str) -> tuple[Any, ...]:

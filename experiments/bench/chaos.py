@@ -324,14 +324,15 @@ class Storm:
         """SIGKILL while a checkpoint is being written."""
 
         def saving() -> bool:
-            stages = self.run / "stages"
-            return any(p.stat().st_mtime > before for p in _existing(stages, ".saving-*"))
+            # Not those that a fault has left there: they are removed when the training begins.
+            return any(p not in before for p in _existing(stages, ".saving-*"))
 
-        before = time.time()
+        stages = self.run / "stages"
+        before = _existing(stages, ".saving-*")
         start.until(lambda: self.step() >= target and saving())
         time.sleep(self.chance.uniform(0, 0.3))
         start.send(signal.SIGKILL)
-        left = [self._name(path) for path in _existing(self.run / "stages", ".saving-*")]
+        left = [self._name(path) for path in _existing(stages, ".saving-*")]
         return f"left {', '.join(left) or 'nothing half-written'}"
 
     def terminate(self, start: Start, target: int) -> str:
@@ -408,9 +409,9 @@ ENDS = {
     "kill_at_work": {-9},
     "kill_in_the_beginning": {-9},
     "kill_in_a_save": {-9},
-    "terminate": {143, -15},  # the latter before training has begun
-    "interrupt": {130},
-    "two_signals": {130, 143, -15},
+    "terminate": {143, -15},  # negative: before the program could listen
+    "interrupt": {130, -2},
+    "two_signals": {130, 143, -15, -2},
     "no_room": {1},
     "folder_gone": {1},
     "in_the_way": {1},
