@@ -374,10 +374,13 @@ class Storm:
         away = folder.with_name("away")
         folder.rename(away)
         start.until(lambda: False)
-        if folder.exists():  # made again: nothing in it may be lost
+        if folder.exists():  # made again by a save that had begun: what is whole is kept
             for path in folder.iterdir():
-                path.rename(away / path.name)
-            folder.rmdir()
+                if path.name.startswith(".saving-"):
+                    shutil.rmtree(path)
+                elif not (away / path.name).exists():
+                    path.rename(away / path.name)
+            shutil.rmtree(folder)
         away.rename(folder)
         return f"{self._name(folder)} away"
 
