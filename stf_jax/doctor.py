@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import runpy
 import shlex
 import shutil
@@ -138,9 +139,8 @@ def _plain(name: str) -> str:
 
 
 def _name(requirement: str) -> str:
-    from packaging.requirements import Requirement
-
-    return _plain(Requirement(requirement).name)
+    # Not by `packaging`: this is needed to say that it is missing, too.
+    return _plain(re.split(r"[^\w.-]", requirement, maxsplit=1)[0])
 
 
 def check_python() -> Findings:
@@ -317,7 +317,8 @@ def check_training_step() -> Findings:
 
     card = ROOT / "configs" / "demo.py"
     if not card.exists():
-        yield Finding("training step", "warn", f"not tried: {card} is not there", "git clone")
+        fix = "call it from a checkout of the repository, which holds the cards"
+        yield Finding("training step", "warn", f"not tried: {card} is not there", fix)
         return
     config = runpy.run_path(str(card))["get_config"]()
     config.update_from_flattened_dict(TINY)

@@ -208,17 +208,27 @@ def test_a_folder_of_compiled_programs_that_is_of_no_use_is_a_warning(tmp_path, 
     assert fault.level == "warn" and "another JAX_COMPILATION_CACHE_DIR" in fault.fix
 
 
-def test_what_cannot_be_imported_is_a_finding_like_any_other(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("library", "checks", "wanted"),
+    [
+        ("av", ["decoder"], "'av>=15,<20'"),
+        ("packaging", ["python", "libraries"], "'packaging>=24'"),
+    ],
+)
+def test_what_cannot_be_imported_is_a_finding_like_any_other(
+    library, checks, wanted, tmp_path, monkeypatch
+):
     real = builtins.__import__
 
     def refuse(name, *arguments, **more):
-        if name.partition(".")[0] == "av":
-            raise ModuleNotFoundError("No module named 'av'", name="av")
+        if name.partition(".")[0] == library:
+            raise ModuleNotFoundError(f"No module named {library!r}", name=library)
         return real(name, *arguments, **more)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
     monkeypatch.setattr(doctor, "check_training_step", lambda: iter(()))
-    faults = _faults(doctor.examine(tmp_path, tmp_path))
-    (fault,) = [f for f in faults if f.check == "decoder"]
-    assert fault.told == "ModuleNotFoundError: No module named 'av'"
-    assert fault.fix.endswith("--force-reinstall 'av>=15,<20'")
+    faults = [f for f in _faults(doctor.examine(tmp_path, tmp_path)) if f.level == "FAIL"]
+    assert [fault.check for fault in faults] == checks
+    for fault in faults:
+        assert fault.told == f"ModuleNotFoundError: No module named {library!r}"
+        assert fault.fix.endswith(f"--force-reinstall {wanted}")

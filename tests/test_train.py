@@ -184,10 +184,14 @@ def test_parts_of_a_batch_add_up_to_the_batch(parts, mixup):
     batch = _batch(parts)._replace(mask=np.array([True, True, True, False]))
     found = []
     for settings in (whole, Settings.of(config)):
-        state, loss = _step(settings, _state(settings), batch, rate=0.1)
-        found.append((_host(state.params), float(loss), float(state.sums.count)))
-    (one, loss, count), (two, other_loss, other_count) = found
-    assert other_loss == pytest.approx(loss, rel=1e-5) and other_count == count == 3
+        state, record = _step(settings, _state(settings), batch, rate=0.1)
+        found.append((_host(state.params), jax.tree.map(float, record), float(state.sums.count)))
+    (one, record, count), (two, other, other_count) = found
+    assert other.loss == pytest.approx(record.loss, rel=1e-5) and other_count == count == 3
+    assert other.clips == record.clips == 3
+    assert other.gradient_norms == pytest.approx(record.gradient_norms, rel=1e-4)
+    for part, norm in record.gradient_norms.items():
+        assert record.update_norms[part] == pytest.approx(0.1 * norm, rel=1e-5) > 0
     start = _host(_state(whole).params)
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), one, start)
     apart = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), one, two)
@@ -206,9 +210,9 @@ def test_averaged_weights_are_validated_stored_and_resumed(parts):
 
     def watched(state, *args, **kwargs):
         seen.append(_host(state.params))
-        state, loss = real(state, *args, **kwargs)
+        state, record = real(state, *args, **kwargs)
         seen.append(_host(state.params))
-        return state, loss
+        return state, record
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "train_step", watched)
