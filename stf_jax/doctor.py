@@ -251,7 +251,6 @@ def _mend(flag: str, place: Path) -> str:
 
 def check_decoder() -> Findings:
     """Encodes a clip in both formats of the demo and decodes it again."""
-    import av
     import numpy as np
 
     from stf_jax import demo
@@ -260,6 +259,7 @@ def check_decoder() -> Findings:
     ground = np.add.outer(np.arange(demo.SIDE), np.arange(demo.SIDE))[..., None]
     ground = (40 + ground + [0, 10, 20]).astype(np.uint8)
     frames = [np.roll(ground, 2 * number, axis=1) for number in range(12)]
+    version = importlib.metadata.version("av")
     for suffix in (".mp4", ".avi"):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"clip{suffix}"
@@ -272,7 +272,7 @@ def check_decoder() -> Findings:
         if error > 8:
             yield Finding("decoder", "FAIL", told, _reinstall("av"))
         else:
-            yield Finding("decoder", "ok", f"{told} (PyAV {av.__version__})")
+            yield Finding("decoder", "ok", f"{told} (PyAV {version})")
 
 
 def _reinstall(name: str) -> str:
