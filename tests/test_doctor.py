@@ -136,11 +136,12 @@ def test_a_gpu_that_jax_does_not_use_is_named(forced, fix, tmp_path, monkeypatch
     assert fault.level == "FAIL" and "NVIDIA GPU" in fault.told and fix in fault.fix
 
 
-def test_a_folder_that_may_only_be_read_is_named():
+@pytest.mark.parametrize("mode", [0o555, 0o444])  # with the second, nor may be known what is in it
+def test_a_folder_that_may_only_be_read_is_named(mode):
     with tempfile.TemporaryDirectory() as place:
         closed = Path(place) / "closed"
         Path(place).chmod(0o755)
-        closed.mkdir(mode=0o555)
+        closed.mkdir(mode=mode)
         with _without_root():
             (fault,) = doctor.check_folders({"--records": closed / "records"})
     assert fault.level == "FAIL" and "Permission denied" in fault.told

@@ -191,7 +191,7 @@ def test_parts_of_a_batch_add_up_to_the_batch(parts, mixup):
     assert other.clips == record.clips == 3
     assert other.gradient_norms == pytest.approx(record.gradient_norms, rel=1e-4)
     for part, norm in record.gradient_norms.items():
-        assert record.update_norms[part] == pytest.approx(0.1 * norm, rel=1e-5) > 0
+        assert 0 < record.update_norms[part] == pytest.approx(0.1 * norm, rel=1e-5)
     start = _host(_state(whole).params)
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), one, start)
     apart = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), one, two)
