@@ -18,6 +18,7 @@ def get_config() -> ConfigDict:
     config.seed = 0
     config.batch_size = 4
     config.checkpoint_every_steps = 40  # besides the end of every epoch
+    config.log_every_steps = 10  # in steps.jsonl and TensorBoard
     config.allow_cpu = True  # small enough for any CPU
     # 'classes', 'split', 'flow', with commas: weights that were trained with others are used.
     config.allow_mismatch = ""

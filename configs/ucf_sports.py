@@ -27,6 +27,7 @@ def get_config(presets: str = "") -> ConfigDict:
     config.seed = 0
     config.batch_size = 8  # clips per step (SPEC 8.6; the paper's is not stated)
     config.checkpoint_every_steps = 200  # besides the end of every epoch
+    config.log_every_steps = 20  # in steps.jsonl and TensorBoard
     config.allow_cpu = False  # True: run on the CPU of a machine that has a GPU
     # 'classes', 'split', 'flow', with commas: weights that were trained with others are used.
     config.allow_mismatch = ""

@@ -17,7 +17,7 @@ equally often, so none of them tells anything about the class.
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import av
@@ -119,7 +119,7 @@ def generate(root: Path, *, seed: int) -> None:
     landscapes = {group: _landscape(group, seed) for group in range(1, GROUPS + 1)}
     with progress.bar(total=len(everything), description="demo videos", unit="video") as bar:
         for clip in everything:
-            _encode(aside / clip.video_id, _render(clip, landscapes[clip.group], seed))
+            encode(aside / clip.video_id, _render(clip, landscapes[clip.group], seed))
             bar.update()
     (aside / _MARKER).write_text(json.dumps(stamp) + "\n")
     if root.exists():
@@ -278,8 +278,13 @@ def _draw_actor(
         cv2.circle(canvas, place, round(size * 0.13 * unit), edge, -1, cv2.LINE_AA, bits)
 
 
-def _encode(path: Path, frames: Iterator[np.ndarray]) -> None:
-    """Encodes frames as H.264 (.mp4) or MPEG-4 part 2 (.avi); one thread, so bytes repeat."""
+def encode(path: Path, frames: Iterable[np.ndarray]) -> None:
+    """Encodes frames as H.264 (.mp4) or MPEG-4 part 2 (.avi); one thread, so bytes repeat.
+
+    Args:
+      path: where to.
+      frames: RGB, uint8 `SIDE SIDE 3`.
+    """
     codec, options = {
         # Without look-ahead: with it, x264 does not repeat its bytes even on one thread.
         ".mp4": ("libx264", {"crf": "18", "preset": "veryfast", "tune": "zerolatency"}),

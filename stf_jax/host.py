@@ -1,4 +1,4 @@
-"""The process on its machine: how it gets memory."""
+"""The process on its machine: how it gets memory, and whether it overlooks a GPU."""
 
 import os
 import platform
@@ -8,6 +8,17 @@ from pathlib import Path
 
 _SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _TUNABLES = "GLIBC_TUNABLES"
+# What NVIDIA's driver makes for the first GPU.
+_GPU = Path("/dev/nvidia0")
+
+
+def leaves_gpu_unused(backend: str) -> bool:
+    """Whether there is an NVIDIA GPU that JAX does not use.
+
+    Args:
+      backend: what JAX runs on (`jax.default_backend()`), such as 'cpu'.
+    """
+    return backend == "cpu" and _GPU.exists()
 
 
 def huge_page_environment(environment: Mapping[str, str], setting: str) -> dict[str, str] | None:

@@ -37,6 +37,13 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run; default runs/<name of the card>[-<preset>]."
 )
 
+_PROFILE = flags.DEFINE_integer(
+    "profile",
+    0,
+    "Trace so many training steps, after the first ones of this start, which compile; the trace "
+    "goes to tensorboard/<stage>/plugins/profile in the run's folder.",
+    lower_bound=0,
+)
 _INSPECT = flags.DEFINE_bool(
     "inspect",
     False,
@@ -46,7 +53,11 @@ _INSPECT = flags.DEFINE_bool(
 
 
 def run_experiment(
-    config: ConfigDict, workdir: Path, config_file: str, changes: Mapping[str, Any]
+    config: ConfigDict,
+    workdir: Path,
+    config_file: str,
+    changes: Mapping[str, Any],
+    profile_steps: int = 0,
 ) -> dict[str, Any]:
     """Does whatever of an experiment is not done yet.
 
@@ -55,6 +66,7 @@ def run_experiment(
       workdir: the run's folder.
       config_file: what --config said, for the record.
       changes: what the command line changed in it, for the record.
+      profile_steps: how many training steps to trace.
 
     Returns:
       The results, as in `results.json`.
@@ -73,17 +85,21 @@ def run_experiment(
             results = run.read_json("results.json")
             progress.say(f"all is done already in {workdir}")
         else:
-            results = _work(run, settings, {"config_file": config_file, "changes": dict(changes)})
+            origin = {"config_file": config_file, "changes": dict(changes)}
+            results = _work(run, settings, origin, profile_steps)
     progress.say(_headline(results))
     progress.say(f"report: {workdir / 'report' / 'index.html'}")
     return results
 
 
-def _work(run: "Run", settings: "Settings", origin: dict[str, Any]) -> dict[str, Any]:
+def _work(
+    run: "Run", settings: "Settings", origin: dict[str, Any], profile_steps: int
+) -> dict[str, Any]:
     from stf_jax import progress
     from stf_jax.checkpoint import count_parameters
     from stf_jax.datasets import load_index
     from stf_jax.evaluate import score_run, write_samples, write_scores
+    from stf_jax.monitor import Profiler
     from stf_jax.progress import peak_memory_mb
     from stf_jax.records import prepare_records
     from stf_jax.run import allowed_mismatches, scored_index, stamp_of, with_source, write_videos
@@ -110,7 +126,9 @@ def _work(run: "Run", settings: "Settings", origin: dict[str, Any]) -> dict[str,
     run.write_json("data.json", data)
     write_videos(run, index, records)
     startup.reached("data")
-    stages = [train_stage(run, settings, name, index, records, ahead) for name in order]
+    profiler = Profiler(profile_steps)
+    stages = [train_stage(run, settings, name, index, records, ahead, profiler) for name in order]
+    profiler.conclude()
     startup.note_programs()
     began = time.monotonic()
     index = scored_index(run, settings, index, records)
@@ -228,7 +246,7 @@ def _check_devices(allow_cpu: bool) -> None:
     """
     import jax
 
-    if Path("/dev/nvidia0").exists() and jax.default_backend() == "cpu" and not allow_cpu:
+    if not allow_cpu and host.leaves_gpu_unused(jax.default_backend()):
         raise RuntimeError(
             "This machine has an NVIDIA GPU but JAX runs on the CPU. Install the GPU build with "
             "`make install EXTRAS=cuda12`, or pass --config.allow_cpu=true to go on without it."
@@ -280,7 +298,7 @@ def main(argv: Sequence[str]) -> None:
 
             print(inspection(_CONFIG.value))
             return
-        run_experiment(_CONFIG.value, workdir, config_file, changes)
+        run_experiment(_CONFIG.value, workdir, config_file, changes, _PROFILE.value)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None

@@ -2,6 +2,7 @@
 
 import resource
 import sys
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -50,8 +51,28 @@ def bar(
         mininterval=0.2 if interactive else 15.0,
         maxinterval=1.0 if interactive else 30.0,
         dynamic_ncols=interactive,
-        ncols=None if interactive else 100,
+        ncols=None if interactive else 120,
     )
+
+
+class TimeLeft:
+    """How long the steps that are left will take at the pace of those done, and of all between.
+
+    The first step is left out: it is compiled.
+    """
+
+    def __init__(self) -> None:
+        self._began: float | None = None
+        self._steps = 0
+
+    def after_step(self, left: int) -> str:
+        """To be called after each step; returns the time for `left` more, such as '1:02:03'."""
+        now = time.monotonic()
+        if self._began is None:
+            self._began = now
+            return "?"
+        self._steps += 1
+        return tqdm.format_interval((now - self._began) / self._steps * left)
 
 
 def peak_memory_mb() -> int:

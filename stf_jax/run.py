@@ -39,6 +39,7 @@ _FREE = (
     "allow_cpu",
     "allow_mismatch",
     "model_devices",
+    "log_every_steps",
 )
 
 
@@ -72,6 +73,8 @@ class Settings:
         allowed_mismatches(config.allow_mismatch)
         if config.eval.repeats < 1:
             raise ValueError(f"eval.repeats must be at least 1, got {config.eval.repeats}")
+        if config.log_every_steps < 1:
+            raise ValueError(f"log_every_steps must be at least 1, got {config.log_every_steps}")
         build_model(config.model, num_classes=2)
         if config.inputs.crop_size > config.records.size:
             raise ValueError(

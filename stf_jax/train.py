@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from contextlib import closing, contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import flax.struct
@@ -19,7 +18,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from stf_jax import prepare, progress, startup
+from stf_jax import progress, startup
 from stf_jax.augment import AugmentSettings, mix, mixup_shares, next_row
 from stf_jax.checkpoint import Checkpoints, Params
 from stf_jax.evaluate import evaluate_subset
@@ -27,6 +26,7 @@ from stf_jax.index import ClipEntry, VideoIndex
 from stf_jax.inputs import Batch, InputSettings, compute_flow, network_input
 from stf_jax.metrics import Sums, cross_entropy
 from stf_jax.model import Network
+from stf_jax.monitor import Monitor, Profiler, StepRecord, norms_of_parts
 from stf_jax.optim import OptimizerSettings, averaged, by_path, learning_rate_fn, make_optimizer
 from stf_jax.parallel import (
     COMPILER_OPTIONS,
@@ -132,7 +132,7 @@ def train_step(
     optimizer: OptimizerSettings,
     rates: Rates,
     mesh: Mesh,
-) -> tuple[TrainState, Array]:
+) -> tuple[TrainState, StepRecord]:
     """One update of all parameters together (paper, section 3.5: nothing is frozen).
 
     Args:
@@ -148,7 +148,7 @@ def train_step(
       mesh: the devices that the state lies on and the batch is divided among.
 
     Returns:
-      The state after the step, and the mean loss of the batch before it.
+      The state after the step, and what the step tells.
     """
     examples = _examples(batch, inputs, augment)
     dropout = jax.random.fold_in(key, state.step)
@@ -188,7 +188,8 @@ def train_step(
     if optimizer.ema:
         average = averaged(average, params, state.step, optimizer.ema)
     after = TrainState(state.step + 1, params, opt_state, average, state.sums + sums)
-    return keep_placed(after, mesh), mean
+    record = StepRecord(mean, sums.count, norms_of_parts(gradients), norms_of_parts(updates))
+    return keep_placed(after, mesh), record
 
 
 class _Examples(NamedTuple):
@@ -320,6 +321,7 @@ def train_stage(
     index: VideoIndex,
     records: Records,
     ahead: Ahead | None = None,
+    profiler: Profiler | None = None,
 ) -> dict[str, Any]:
     """Trains one stage to its end, from wherever it stands.
 
@@ -330,6 +332,7 @@ def train_stage(
       index: the videos.
       records: their stored frames and flow.
       ahead: of `compile_ahead`, waited for before weights are drawn and before the first step.
+      profiler: what traces steps; None for nothing.
 
     Returns:
       The stage's summary, also written to its `done.json`.
@@ -354,8 +357,15 @@ def train_stage(
             ahead.weights.result()
         state, memory = _start(run, settings, name, stamp_of(index, settings), last)
         startup.reached("weights")
-        with stop_requests() as stop:
-            loop = _Loop(run, settings, name, index, records, best, last, stop, int(state.step))
+        step, every = int(state.step), settings.config.log_every_steps
+        with (
+            closing(Monitor(run.workdir, name, step=step, every=every)) as monitor,
+            closing(profiler or Profiler(0)) as profiler,
+            stop_requests() as stop,
+        ):
+            loop = _Loop(
+                run, settings, name, index, records, best, last, monitor, profiler, stop, step
+            )
             loop.ahead = ahead
             stopped = loop.finished(memory)
             while not stopped:
@@ -382,18 +392,15 @@ def _start(
 ) -> tuple[TrainState, StageProgress]:
     """Where a stage goes on: its own last checkpoint, else the hand-off, else VGG, else scratch."""
     num_classes = len(stamp["classes"])
-    log = run.workdir / "metrics.jsonl"
     if last.latest_step() is not None:
         like = abstract_state(settings, num_classes, name)
         step, state, record = last.restore(like, set_aside=True)
         where = run.workdir / "stages" / name / "last" / str(step)
         allow = allowed_mismatches(settings.config.allow_mismatch)
         check_stamp(record.pop("stamp", {}), stamp, where, allow)
-        _forget(log, name, step)
         state, memory = place(state, settings.mesh), StageProgress(**record)
         progress.say(f"stage '{name}': continuing after step {step} (epoch {memory.epoch + 1})")
         return state, memory
-    _forget(log, name, -1)
     config = settings.config
     source = _source(run, settings, name, stamp)
     first = name == config.stage_order[0]
@@ -437,12 +444,16 @@ class _Loop:
         records: Records,
         best: Checkpoints,
         last: Checkpoints,
+        monitor: Monitor,
+        profiler: Profiler,
         stop: list[int],
         start_step: int,
     ):
         self._run, self._settings, self._name = run, settings, name
         self._index, self._records = index, records
         self._best, self._last, self._stop = best, last, stop
+        self._monitor, self._profiler = monitor, profiler
+        self._left = progress.TimeLeft()
         self._stage = settings.stages[name]
         self._model = settings.model(len(index.class_names))
         # A stage's randomness differs from the other stages' but not between restarts.
@@ -502,31 +513,58 @@ class _Loop:
         first = int(state.step) - memory.epoch * self._per_epoch
         self._entries = self._trained_on(memory.epoch)
         title = f"{self._name} epoch {memory.epoch + 1}/{self._stage.max_epochs}"
+        self._monitor.begin_epoch()
         with progress.bar(
             total=self._per_epoch, initial=first, description=title, unit="step"
         ) as bar:
             for batch, divided in self._timed(self._per_epoch - first, memory):
-                step = int(state.step)
-                self._await_program()
-                state, loss = train_step(
-                    state,
-                    compute_flow(divided, self._settings.records),
-                    self._key,
-                    np.float32(self._rate(step)),
-                    **_static(self._settings, self._name, self._model),
-                )
-                self._check_finite(float(loss), step, batch)
-                if startup.first_step_done():
-                    startup.note_programs()
+                state, told = self._step(state, memory, batch, divided)
                 bar.update()
-                bar.set_postfix(loss=f"{float(loss):.3f}", refresh=False)
-                step += 1
+                bar.set_postfix_str(told, refresh=False)
+                step = int(state.step)
                 due = step % self._settings.config.checkpoint_every_steps == 0
                 if step % self._per_epoch and (due or self._stop):
                     self._save(state, memory)
                     if self._stop:
                         raise Interrupted(self._stop[0])
+        self._profiler.close()
         return self._end_epoch(state, memory)
+
+    def _step(
+        self, state: TrainState, memory: StageProgress, batch: Batch, divided: Batch
+    ) -> tuple[TrainState, str]:
+        """One step; returns the state after it, and what the progress bar says of it."""
+        step = int(state.step)
+        rate = float(self._rate(step))
+        self._await_program()
+        divided = compute_flow(divided, self._settings.records)
+        if step == 0:
+            bound = self._settings.records.flow_bound
+            self._monitor.sample_clips(divided, self._entries, bound)
+        with self._profiler.step(self._run.workdir / "tensorboard" / self._name, step):
+            state, record = train_step(
+                state,
+                divided,
+                self._key,
+                np.float32(rate),
+                **_static(self._settings, self._name, self._model),
+            )
+            # Waits for the step; its norms stay on the device unless they are wanted.
+            loss, clips, sums = jax.device_get((record.loss, record.clips, state.sums))
+        self._check_finite(float(loss), step, batch)
+        if startup.first_step_done():
+            startup.note_programs()
+        top1 = sums.means()["top1"]
+        self._monitor.step(
+            record.replace(loss=loss, clips=clips),
+            step=step + 1,
+            epoch=memory.epoch + 1,
+            top1=top1,
+            learning_rate=rate,
+            waiting_seconds=memory.waiting_seconds,
+        )
+        left = self._left.after_step(self._stage.max_epochs * self._per_epoch - step - 1)
+        return state, f"loss {float(loss):.3f}, top-1 {top1:.1%}, stage {left} left"
 
     def _timed(self, steps: int, memory: StageProgress) -> Iterator[tuple[Batch, Batch]]:
         """The next batches; the time until each is there counts as waiting."""
@@ -559,7 +597,7 @@ class _Loop:
         memory.epoch += 1
         step = int(state.step)
         rows = [self._row("train", memory, step, state.sums.means(), int(state.sums.count))]
-        improved = True
+        improved, figures = True, None
         if self._validates:
             figures = evaluate_subset(
                 self._settings,
@@ -587,7 +625,7 @@ class _Loop:
             "seconds": round(memory.seconds, 1),
             "waiting_seconds": round(memory.waiting_seconds, 1),
         }
-        _append_lines(self._run.workdir / "metrics.jsonl", [json.dumps(r | seconds) for r in rows])
+        self._monitor.epoch([r | seconds for r in rows], figures, self._index.class_names)
         progress.say(
             f"{self._name} epoch {memory.epoch}: "
             + ", ".join(f"{r['kind']} loss {r['loss']:.3f} top-1 {r['top1']:.1%}" for r in rows)
@@ -616,6 +654,7 @@ class _Loop:
 
     def _save(self, state: TrainState, memory: StageProgress) -> None:
         self._tick(memory)
+        self._monitor.wait()
         record = {**dataclasses.asdict(memory), "stamp": self._stamp}
         self._last.save(int(state.step), state, record)
 
@@ -623,25 +662,6 @@ class _Loop:
         now = time.monotonic()
         memory.seconds += now - self._clock
         self._clock = now
-
-
-def _append_lines(path: Path, lines: Sequence[str]) -> None:
-    with open(path, "a", encoding="utf-8") as log:
-        log.write("".join(f"{line}\n" for line in lines))
-
-
-def _forget(path: Path, stage: str, step: int) -> None:
-    """Takes out of the log what a stage wrote after a step: it will be done, and written, again."""
-    if not path.exists():
-        return
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append((line, json.loads(line)))
-        except ValueError:
-            continue  # half a line, torn by a kill
-    kept = [line for line, row in rows if row["stage"] != stage or row["step"] <= step]
-    prepare.write_aside(path, "".join(f"{line}\n" for line in kept).encode())
 
 
 @contextmanager

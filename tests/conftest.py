@@ -180,6 +180,7 @@ def tiny_config(tiny_videos, tiny_model_config) -> ConfigDict:
 
     config = folder.get_config()
     config.seed, config.batch_size, config.checkpoint_every_steps = 0, 4, 100
+    config.log_every_steps = 1
     config.allow_cpu, config.pretrained = True, "none"
     config.data.update(root=str(tiny_videos), group_regex=r"_(g\d)_", validation_fraction=0.3)
     config.records.update(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from configs import ucf101
-from stf_jax import main
+from stf_jax import host, main
 from stf_jax.run import Run, Settings
 
 ROOT = Path(__file__).parent.parent
@@ -79,8 +79,8 @@ def test_default_workdirs_tell_presets_apart():
     assert names == {"runs/ucf101", "runs/ucf101-laptop", "runs/ucf101-split2"}
 
 
-def test_a_gpu_that_jax_does_not_use_stops_the_run(monkeypatch):
-    monkeypatch.setattr(main.Path, "exists", lambda self: str(self) == "/dev/nvidia0")
+def test_a_gpu_that_jax_does_not_use_stops_the_run(monkeypatch, tmp_path):
+    monkeypatch.setattr(host, "_GPU", tmp_path)
     with pytest.raises(RuntimeError, match="EXTRAS=cuda12"):
         main._check_devices(allow_cpu=False)
     main._check_devices(allow_cpu=True)

@@ -68,12 +68,14 @@ for name, mesh in {
     scores = score_batch(state.params, divide(batch, mesh), model=model, inputs=inputs)
     losses = []
     for _ in range(2):
-        state, loss = step(state, *call[1:])  # refuses a state that lies differently
-        losses.append(float(loss))
+        state, record = step(state, *call[1:])  # refuses a state that lies differently
+        losses.append(float(record.loss))
+        norms = [record.gradient_norms, record.update_norms]
     kernel = state.params["recurrent"]["forward"]["input"]["kernel"]
     leaves = jax.tree.leaves(jax.tree.map(np.asarray, state.params))
     found[name] = dict(
         losses=losses,
+        norms=jax.tree.map(float, norms),
         scores=np.asarray(scores).tolist(),
         params=[float(np.abs(leaf).sum()) for leaf in leaves],
         rows=[kernel.shape[0], kernel.addressable_shards[0].data.shape[0]],
@@ -106,6 +108,8 @@ def test_eight_devices_compute_what_one_does(runs, name):
     one, many = runs["one"], runs[name]
     assert many["losses"] == pytest.approx(one["losses"], rel=1e-5)
     assert many["params"] == pytest.approx(one["params"], rel=1e-4)
+    for norms, expected in zip(many["norms"], one["norms"], strict=True):
+        assert norms == pytest.approx(expected, rel=1e-4) and min(norms.values()) > 0
     for row, expected in zip(many["scores"], one["scores"], strict=True):
         assert row == pytest.approx(expected, abs=1e-5)
     assert one["losses"][1] != one["losses"][0]

@@ -1,14 +1,18 @@
 import dataclasses
 import functools
+import gzip
 import json
 import os
 import signal
 from concurrent import futures
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from configs import ucf101
 from stf_jax import train
@@ -16,8 +20,9 @@ from stf_jax.augment import mixup_shares
 from stf_jax.datasets import load_index
 from stf_jax.evaluate import score_batch
 from stf_jax.inputs import Batch, network_input
+from stf_jax.monitor import Profiler
 from stf_jax.parallel import place
-from stf_jax.pipeline import batches
+from stf_jax.pipeline import batches, steps_per_epoch
 from stf_jax.records import prepare_records
 from stf_jax.run import Run, Settings, epoch_index, stamp_of, usable_entries
 from stf_jax.train import (
@@ -81,8 +86,8 @@ def test_every_parameter_moves_the_loss_falls_and_one_program_does_it(parts):
     programs = train_step._cache_size()
     losses = []
     for _ in range(30):
-        state, loss = _step(settings, state, batch, rate=3e-3)
-        losses.append(float(loss))
+        state, record = _step(settings, state, batch, rate=3e-3)
+        losses.append(float(record.loss))
     assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
     assert train_step._cache_size() - programs <= 1
     still = [
@@ -112,8 +117,8 @@ def test_masked_rows_do_not_count(parts):
     results = []
     for rgb, label in ((batch.rgb, batch.label), (other, labels)):
         filled = batch._replace(rgb=rgb, label=label, mask=mask)
-        state, loss = _step(settings, _state(settings), filled)
-        results.append((float(loss), _host(state.params), float(state.sums.count)))
+        state, record = _step(settings, _state(settings), filled)
+        results.append((float(record.loss), _host(state.params), float(state.sums.count)))
     assert results[0][0] == results[1][0] and results[0][2] == 3
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), results[0][1], results[1][1]
@@ -156,7 +161,7 @@ def test_a_mixtures_loss_is_the_mixture_of_its_losses(parts):
     losses = -jax.nn.log_softmax(logits)
     first, second = losses[np.arange(4), batch.label], losses[np.arange(4), [1, 1, 0, 0]]
     expected = float((share * first + (1 - share) * second)[:3].mean())
-    loss = float(_step(settings, _state(settings), batch)[1])
+    loss = float(_step(settings, _state(settings), batch)[1].loss)
     assert loss == pytest.approx(expected, rel=1e-4)
     logits, _ = apply({"params": params}, rgb, flow)
     unmixed = -jax.nn.log_softmax(logits)[np.arange(4), batch.label][:3].mean()
@@ -182,10 +187,14 @@ def test_parts_of_a_batch_add_up_to_the_batch(parts, mixup):
     batch = _batch(parts)._replace(mask=np.array([True, True, True, False]))
     found = []
     for settings in (whole, Settings.of(config)):
-        state, loss = _step(settings, _state(settings), batch, rate=0.1)
-        found.append((_host(state.params), float(loss), float(state.sums.count)))
-    (one, loss, count), (two, other_loss, other_count) = found
-    assert other_loss == pytest.approx(loss, rel=1e-5) and other_count == count == 3
+        state, record = _step(settings, _state(settings), batch, rate=0.1)
+        found.append((_host(state.params), jax.tree.map(float, record), float(state.sums.count)))
+    (one, record, count), (two, other, other_count) = found
+    assert other.loss == pytest.approx(record.loss, rel=1e-5) and other_count == count == 3
+    assert other.clips == record.clips == 3
+    assert other.gradient_norms == pytest.approx(record.gradient_norms, rel=1e-4)
+    for part, norm in record.gradient_norms.items():
+        assert 0 < record.update_norms[part] == pytest.approx(0.1 * norm, rel=1e-5)
     start = _host(_state(whole).params)
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), one, start)
     apart = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), one, two)
@@ -204,9 +213,9 @@ def test_averaged_weights_are_validated_stored_and_resumed(parts):
 
     def watched(state, *args, **kwargs):
         seen.append(_host(state.params))
-        state, loss = real(state, *args, **kwargs)
+        state, record = real(state, *args, **kwargs)
         seen.append(_host(state.params))
-        return state, loss
+        return state, record
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "train_step", watched)
@@ -383,11 +392,25 @@ def test_stopping_at_any_step_and_going_on_equals_never_stopping(
     assert memory | timeless == other_memory | timeless
     logs = [_log(run) for run in (whole, broken)]
     assert logs[0] == logs[1] and len(logs[0]) == 2 * settings.stages["first"].max_epochs
+    steps = [_log(run, "steps.jsonl") for run in (whole, broken)]
+    assert steps[0] == steps[1] and len(steps[0]) == step
+    curves = [_curve(run, "first", "step/loss") for run in (whole, broken)]
+    assert curves[0] == curves[1] and [at for at, _ in curves[0]] == list(range(1, step + 1))
 
 
-def _log(run):
-    rows = [json.loads(line) for line in (run.workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
+def _log(run, name="metrics.jsonl"):
+    rows = [json.loads(line) for line in (run.workdir / name).read_text().splitlines()]
+    measured = ("seconds", "waiting_seconds", "clips_per_second", "waiting_share", "memory_mb")
+    return [{k: v for k, v in row.items() if k not in measured} for row in rows]
+
+
+def _events(run, stage):
+    folder = run.workdir / "tensorboard" / stage
+    return EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0}).Reload()
+
+
+def _curve(run, stage, tag):
+    return [(event.step, event.value) for event in _events(run, stage).Scalars(tag)]
 
 
 def test_a_torn_line_and_what_will_be_done_again_leave_the_log(parts):
@@ -418,8 +441,8 @@ def test_a_loss_that_is_not_finite_names_step_and_videos(parts, monkeypatch):
     real = train.train_step
 
     def poisoned(state, batch, *args, **kwargs):
-        state, loss = real(state, batch, *args, **kwargs)
-        return state, loss * np.float32("nan")
+        state, record = real(state, batch, *args, **kwargs)
+        return state, record.replace(loss=record.loss * np.float32("nan"))
 
     monkeypatch.setattr(train, "train_step", poisoned)
     with pytest.raises(FloatingPointError) as error:
@@ -478,3 +501,74 @@ def test_the_steps_of_ucf101_can_be_built_for_a_gpu():
     # 39 convolutions; their two gradients each, but for the inputs of the two first ones.
     assert scoring.mlir_module().count("stablehlo.convolution") == 39
     assert step.mlir_module().count("stablehlo.convolution") == 3 * 39 - 2
+
+
+def test_the_norms_of_a_step_are_those_of_gradient_and_update(parts):
+    """Against what the step leaves behind: its parameters, and Adam's first moment."""
+    settings = parts[1]
+    assert settings.optimizer.name == "adam"
+    state, rate = _state(settings), 1e-3
+    before = _host(state.params)
+    state, record = _step(settings, state, _batch(parts), rate=rate)
+    record = jax.tree.map(float, record)
+    after, moment = _host(state.params), _host(optax.tree.get(state.opt_state, "mu"))
+
+    def norm(tree):
+        return np.sqrt(
+            sum(np.square(leaf, dtype=np.float64).sum() for leaf in jax.tree.leaves(tree))
+        )
+
+    whole = np.sqrt(sum(value**2 for value in record.gradient_norms.values()))
+    clipped = min(1.0, (settings.optimizer.clip or np.inf) / whole)
+    assert set(record.gradient_norms) == set(record.update_norms) == set(before)
+    for part in before:
+        # Adam keeps a tenth of the first gradient, which was clipped before.
+        gradient = norm(moment[part]) / 0.1 / clipped
+        assert record.gradient_norms[part] == pytest.approx(gradient, rel=1e-4)
+        change = norm(jax.tree.map(lambda a, b: a.astype(float) - b, after[part], before[part]))
+        assert record.update_norms[part] == pytest.approx(change, rel=1e-3)
+    assert record.clips == 4 and len(set(record.gradient_norms.values())) == len(before)
+
+
+def test_a_stage_shows_curves_clips_and_a_trace(parts, capsys):
+    run, settings, index, records = parts
+    profiler = Profiler(2)
+    train_stage(run, settings, "first", index, records, profiler)
+    profiler.conclude()
+    folder = run.workdir / "tensorboard" / "first"
+    events = _events(run, "first")
+    rows = [json.loads(line) for line in (run.workdir / "steps.jsonl").read_text().splitlines()]
+    steps = 2 * steps_per_epoch(len(usable_entries(index, records, "train")), 4)
+    assert [row["step"] for row in rows] == list(range(1, steps + 1))
+    for tag, key in (("step/loss", "loss"), ("step/learning rate", "learning_rate")):
+        curve = [(row["step"], pytest.approx(row[key])) for row in rows]
+        assert _curve(run, "first", tag) == curve
+    parts_of_network = ("spatial", "temporal", "fusion", "recurrent", "head")
+    norms = {f"{kind} norm/{p}" for kind in ("gradient", "update") for p in parts_of_network}
+    assert norms <= set(events.Tags()["scalars"])
+    for row in _log(run):
+        (event,) = [e for e in events.Scalars(f"epoch top1/{row['kind']}") if e.step == row["step"]]
+        assert event.value == pytest.approx(row["top1"])
+    clips = [tag for tag in events.Tags()["images"] if tag.startswith("clips/")]
+    assert len(clips) == 3 and len(events.Images("confusion matrix")) == 2
+    # The epoch's accuracy so far is, after its last step, the epoch's.
+    assert rows[-1]["top1"] == [r for r in _log(run) if r["kind"] == "train"][-1]["top1"]
+    assert rows[-1]["clips_per_second"] > 0 and 0 <= rows[-1]["waiting_share"] < 1
+    (trace,) = folder.glob("plugins/profile/*/*.trace.json.gz")
+    assert str(trace) in capsys.readouterr().out
+    traced = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    marks = [event for event in traced if event.get("name") == "train"]
+    # The first two steps of a start, one of them compiled, are left out.
+    assert [int(mark["args"]["step_num"]) for mark in marks] == [2, 3]
+    calls = [event for event in traced if "train_step" in event.get("name", "")]
+    assert any(m["ts"] <= c["ts"] <= m["ts"] + m["dur"] for m in marks for c in calls)
+
+
+def test_a_start_too_short_for_a_trace_says_so(capsys):
+    profiler = Profiler(3)
+    for step in range(2):
+        with profiler.step(Path("nowhere"), step):
+            pass
+    profiler.close()
+    profiler.conclude()
+    assert "nothing was traced: this start did 2 training steps" in capsys.readouterr().out

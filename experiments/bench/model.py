@@ -114,7 +114,7 @@ def _ours(scale: str, work: str) -> Callable[[], float | None]:
 
     def step() -> float:
         nonlocal state
-        state, loss = train_step(
+        state, record = train_step(
             state,
             batch,
             key,
@@ -126,8 +126,8 @@ def _ours(scale: str, work: str) -> Callable[[], float | None]:
             rates=rates,
             mesh=settings.mesh,
         )
-        jax.block_until_ready((state, loss))
-        return float(loss)
+        jax.block_until_ready((state, record))
+        return float(record.loss)
 
     return step
 
