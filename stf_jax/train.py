@@ -18,10 +18,11 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from stf_jax import prepare, progress
+from stf_jax import hosts, prepare, progress
 from stf_jax.augment import AugmentSettings, mix, mixup_shares, next_row
-from stf_jax.checkpoint import Checkpoints, Params
+from stf_jax.checkpoint import Checkpoints, Params, digest_of
 from stf_jax.evaluate import evaluate_subset
+from stf_jax.hosts import Interrupted
 from stf_jax.index import ClipEntry, VideoIndex
 from stf_jax.inputs import Batch, InputSettings, compute_flow, network_input
 from stf_jax.metrics import Sums, cross_entropy
@@ -30,8 +31,10 @@ from stf_jax.optim import OptimizerSettings, averaged, by_path, learning_rate_fn
 from stf_jax.parallel import (
     COMPILER_OPTIONS,
     divided_ahead,
+    gather,
     in_parts,
     keep_placed,
+    largest,
     part_of_batch,
     place,
 )
@@ -57,14 +60,6 @@ from stf_jax.transfer import (
 )
 
 Rates: TypeAlias = tuple[tuple[str, float], ...]
-
-
-class Interrupted(InterruptedError):
-    """The run was asked to stop and has saved its state; `signum` says by which signal."""
-
-    def __init__(self, signum: int):
-        super().__init__(f"stopped by {signal.Signals(signum).name}")
-        self.signum = signum
 
 
 @flax.struct.dataclass
@@ -267,8 +262,9 @@ def train_stage(
       FloatingPointError: the loss is not finite (names step and videos).
     """
     done = run.stage_file(name, "done.json")
-    if done.exists():
-        return json.loads(done.read_text())
+    earlier = hosts.from_first(lambda: json.loads(done.read_text()) if done.exists() else None)
+    if earlier is not None:
+        return earlier
     stage = settings.stages[name]
     number = settings.config.stage_order.index(name)
     entries = usable_entries(epoch_index(index, records, number, 0), records, "train")
@@ -279,6 +275,7 @@ def train_stage(
     last.check_space(abstract_state(settings, len(index.class_names), name))
     with closing(last), closing(best):
         state, memory = _start(run, settings, name, stamp_of(index, settings), last)
+        hosts.check_same(f"what stage '{name}' starts from", lambda: digest_of(state))
         with stop_requests() as stop:
             loop = _Loop(run, settings, name, index, records, best, last, stop, int(state.step))
             stopped = loop.finished(memory)
@@ -307,7 +304,7 @@ def _start(
     """Where a stage goes on: its own last checkpoint, else the hand-off, else VGG, else scratch."""
     num_classes = len(stamp["classes"])
     log = run.workdir / "metrics.jsonl"
-    if last.latest_step() is not None:
+    if hosts.from_first(last.latest_step) is not None:
         like = abstract_state(settings, num_classes, name)
         step, state, record = last.restore(like, set_aside=True)
         where = run.workdir / "stages" / name / "last" / str(step)
@@ -428,7 +425,7 @@ class _Loop:
         with progress.bar(
             total=self._per_epoch, initial=first, description=title, unit="step"
         ) as bar:
-            for batch, divided in self._timed(self._per_epoch - first, memory):
+            for _, divided in self._timed(self._per_epoch - first, memory):
                 step = int(state.step)
                 state, loss = train_step(
                     state,
@@ -442,15 +439,16 @@ class _Loop:
                     rates=self._stage.rates,
                     mesh=self._settings.mesh,
                 )
-                self._check_finite(float(loss), step, batch)
+                self._check_finite(float(loss), step, divided)
                 bar.update()
                 bar.set_postfix(loss=f"{float(loss):.3f}", refresh=False)
                 step += 1
                 due = step % self._settings.config.checkpoint_every_steps == 0
-                if step % self._per_epoch and (due or self._stop):
+                asked = self._asked()
+                if step % self._per_epoch and (due or asked):
                     self._save(state, memory)
-                    if self._stop:
-                        raise Interrupted(self._stop[0])
+                    if asked:
+                        raise Interrupted(asked, everywhere=True)
         return self._end_epoch(state, memory)
 
     def _timed(self, steps: int, memory: StageProgress) -> Iterator[tuple[Batch, Batch]]:
@@ -461,10 +459,11 @@ class _Loop:
             memory.waiting_seconds += time.monotonic() - began
             yield batch
 
-    def _check_finite(self, loss: float, step: int, batch: Batch) -> None:
+    def _check_finite(self, loss: float, step: int, divided: Batch) -> None:
         if np.isfinite(loss):
             return
-        ids = ", ".join(self._entries[i].video_id for i in batch.entry[batch.mask])
+        entry, mask = gather((divided.entry, divided.mask))
+        ids = ", ".join(self._entries[i].video_id for i in entry[mask])
         self._last.wait()
         raise FloatingPointError(
             f"stage '{self._name}': the loss is {loss} at step {step}, on {ids}. The last finite "
@@ -515,9 +514,13 @@ class _Loop:
         # What the stage continues from must never be ahead of the best weights that it speaks of.
         self._best.wait()
         self._save(state, memory)
-        if self._stop:
-            raise Interrupted(self._stop[0])
+        if asked := self._asked():
+            raise Interrupted(asked, everywhere=True)
         return state
+
+    def _asked(self) -> int:
+        """The signal that asks to stop, whichever process has got it, or 0."""
+        return largest(self._stop[0] if self._stop else 0)
 
     def _row(
         self, kind: str, memory: StageProgress, step: int, means: dict[str, float], count: int
@@ -544,13 +547,15 @@ class _Loop:
 
 
 def _append_lines(path: Path, lines: Sequence[str]) -> None:
+    if not hosts.leads():
+        return
     with open(path, "a", encoding="utf-8") as log:
         log.write("".join(f"{line}\n" for line in lines))
 
 
 def _forget(path: Path, stage: str, step: int) -> None:
     """Takes out of the log what a stage wrote after a step: it will be done, and written, again."""
-    if not path.exists():
+    if not hosts.leads() or not path.exists():
         return
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
