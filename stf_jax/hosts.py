@@ -29,8 +29,9 @@ Found = TypeVar("Found")
 SILENCE = 30
 # All processes must have started after so long, seconds: a queue may start them one by one.
 _START = 300
-# A process that is told to end finishes the checkpoint that it is writing, if that takes less.
-_GRACE = 120.0
+# A process that is told to end finishes the checkpoint that it is writing if that takes less; any
+# longer, and jaxlib would miss the one that told it.
+_GRACE = SILENCE - 5.0
 
 # What jaxlib calls the end of another process.
 _LOST = re.compile(r"gloo|nccl|coordination|socket closed|connection (reset|closed)", re.IGNORECASE)
@@ -98,7 +99,7 @@ class _Company:
                 self.wait_for(f"heard/{other}", end - time.monotonic())
             except RuntimeError:
                 continue  # dead
-        time.sleep(0.2)  # for those to be gone who would miss process 0's store
+        time.sleep(0.5)  # for those to be gone who would miss process 0's store
 
     def rest(self) -> NoReturn:
         """Leaves the end of this process to the thread that listens."""
@@ -123,15 +124,15 @@ class _Company:
         if process == self.process or self._over.is_set():
             return
         self.heard.set()
-        if self.process:
-            self.tell(f"heard/{self.process}", True)
-            time.sleep(0.05)
         print(f"\nprocess {process} of this run ended: {message}", file=sys.stderr, flush=True)
         # A checkpoint that is being written is worth more than a quick end.
         self._writing.acquire(timeout=_GRACE)
+        try:
+            self.tell(f"heard/{self.process}", True)
+        except RuntimeError:
+            _end(code)  # process 0 has not waited
         if not self.process:
-            self.tell("heard/0", True)
-            time.sleep(0.2)
+            time.sleep(0.5)  # the one that failed leaves before its store does
         _end(code)
 
 
@@ -276,6 +277,7 @@ def _meet(
                 f"({error}) Start it through them, such as `srun python -m stf_jax.main ...`, or "
                 "use --coordinator, --processes and --process"
             ) from error
+        atexit.register(_end, 1)  # JAX would say goodbye to those whom it has not met
         where = coordinator or "found by --distributed"
         raise RuntimeError(
             f"the processes of this run did not meet (coordinator {where}): {error}. Start all of "
@@ -283,9 +285,7 @@ def _meet(
             "others reach"
         ) from error
     state = distributed.global_state
-    company = _Company(state.client, state.process_id, state.num_processes)
-    jax.devices()  # a look at all devices needs every process: better now than in the midst of work
-    return company
+    return _Company(state.client, state.process_id, state.num_processes)
 
 
 def _stop(number: int, _: Any) -> None:
