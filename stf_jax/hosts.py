@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -20,15 +21,13 @@ from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
 
 from stf_jax import progress
-from stf_jax.native_errors import AGAIN
+from stf_jax.native_errors import AGAIN, START
 
 Found = TypeVar("Found")
 
 # A process that does not answer for so long, seconds, is dead. What ends while its machine lives is
 # noticed at once: the system closes its connections.
 SILENCE = 30
-# All processes must have started after so long, seconds: a queue may start them one by one.
-_START = 300
 # A process that is told to end finishes the checkpoint that it is writing if that takes less; any
 # longer, and jaxlib would miss the one that told it.
 _GRACE = SILENCE - 5.0
@@ -255,6 +254,8 @@ def _asked(
 def _meet(
     coordinator: str | None, processes: int | None, process: int | None, detect: bool
 ) -> _Company:
+    if coordinator is not None and process == 0:
+        _check_port(int(coordinator.rpartition(":")[2]))
     import jax
     from jax._src import distributed  # its store has no public name; orbax uses it likewise
 
@@ -267,7 +268,7 @@ def _meet(
             processes,
             process,
             cluster_detection_method=None if detect else "deactivate",
-            initialization_timeout=_START,
+            initialization_timeout=START,
             heartbeat_timeout_seconds=SILENCE,
         )
     except (ValueError, RuntimeError) as error:
@@ -281,11 +282,24 @@ def _meet(
         where = coordinator or "found by --distributed"
         raise RuntimeError(
             f"the processes of this run did not meet (coordinator {where}): {error}. Start all of "
-            f"them within {_START} s, with a port of process 0's machine that is free and that the "
+            f"them within {START} s, with a port of process 0's machine that is free and that the "
             "others reach"
         ) from error
     state = distributed.global_state
     return _Company(state.client, state.process_id, state.num_processes)
+
+
+def _check_port(port: int) -> None:
+    """On a port that is in use jaxlib 0.10.2 breaks down without a word."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise RuntimeError(
+                f"--coordinator: port {port} of this machine cannot be used ({error.strerror}). "
+                "Choose another, the same for all processes"
+            ) from None
 
 
 def _stop(number: int, _: Any) -> None:

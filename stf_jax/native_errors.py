@@ -10,6 +10,8 @@ import select
 import signal
 import sys
 
+# All processes must have started after so long, seconds: a queue may start them one by one.
+START = 300
 AGAIN = "Start all of them again: the same commands go on from the last checkpoint."
 
 
@@ -64,10 +66,19 @@ def _in_short(text: bytes) -> bytes:
         return text
     start = re.search(rb"^.*(coordination_service|distributed service)", text, re.MULTILINE)
     assert start is not None
-    silent = re.search(rb"stopped sending heartbeats\):\s*((?:\d+\s)+)", text)
-    who = "process " + b" ".join(silent[1].split()).decode() if silent else "process 0"
-    told = (
-        f"\nerror: {who} of this run has ended, or cannot be reached any more; its own output "
-        f"says why. {AGAIN}\n"
-    )
-    return text[: start.start()] + told.encode()
+    status = re.search(rb"absl::Status: ([^\n]*)", text)
+    reason = status[1].decode(errors="replace") if status else "no reason"
+    if b"RegisterTask" in text:
+        told = (
+            f"not all processes of this run have met ({reason}). Start all of them within {START} "
+            "s, each with a number of its own; --coordinator must name a port of process 0's "
+            "machine that the others reach."
+        )
+    else:
+        silent = re.search(rb"stopped sending heartbeats\):\s*((?:\d+\s)+)", text)
+        who = "process " + b" ".join(silent[1].split()).decode() if silent else "process 0"
+        told = (
+            f"{who} of this run has ended, or cannot be reached any more ({reason}); its own "
+            f"output says why. {AGAIN}"
+        )
+    return text[: start.start()] + f"\nerror: {told}\n".encode()

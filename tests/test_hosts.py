@@ -261,7 +261,7 @@ def test_one_that_is_frozen_is_given_up(victim, tmp_path):
 DUMP = b"""\
 E1124 16:26:25.247929   13314 coordination_service_agent.cc:289] Polled an error.
 F1124 16:26:25.248066   13314 client.h:80] Terminating process because the JAX distributed service \
-detected fatal errors. UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):
+detected fatal errors. absl::Status: UNAVAILABLE: Tasks are unhealthy (stopped sending heartbeats):
 3
 7
 The tasks have crashed.
@@ -293,6 +293,9 @@ def test_the_dump_of_a_lost_process_becomes_one_message():
     assert "error: process 3 7 of this run has ended" in told and told.count("\n") == 3
     lost = DUMP.replace(b"(stopped sending heartbeats)", b"")
     assert "error: process 0 of this run has ended" in _relayed(lost)
+    late = b"F1124 the JAX distributed service detected fatal errors. absl::Status: too late\n"
+    late += b"RPC: /xla.coordination.CoordinationService/RegisterTask\n"
+    assert "error: not all processes of this run have met (too late)" in _relayed(late)
 
 
 def test_other_errors_of_native_code_stay_as_they_are():
@@ -312,6 +315,16 @@ def test_other_errors_of_native_code_stay_as_they_are():
 def test_impossible_flags_are_named(arguments, said):
     with pytest.raises(ValueError, match=said), hosts.joined(*arguments):
         pass
+
+
+def test_a_port_that_is_in_use_is_named():
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(RuntimeError, match=rf"port {port} .* in use\). Choose another"):
+            with hosts.joined(f"localhost:{port}", 2, 0, False):
+                pass
 
 
 def test_one_process_is_the_first_and_only_one():
