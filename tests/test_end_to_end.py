@@ -276,7 +276,9 @@ def test_two_processes_stopped_in_turn_end_as_two_that_were_not(place):
     scores = [(place / w / "scores.csv").read_bytes() for w in ("stopped", "together")]
     assert scores[0] == scores[1]
     _finish(_command(place, "alone"))
-    assert _results(place, "alone")["loss"] == pytest.approx(_results(place, "together")["loss"])
+    # Not to the last bit: two processes add up a gradient in another order than one.
+    losses = [_results(place, w)["loss"] for w in ("alone", "together")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert "all is done already" in _finish(_command(place, "together"))
 
 

@@ -56,9 +56,9 @@ SETTINGS = {
     # Adam divides by gradients that are nearly zero: it turns a last bit into another path.
     "optimizer.name": "sgdm",
     "optimizer.weight_decay": 5e-4,
-    "stages.first.learning_rate": 1e-2,
+    "stages.first.learning_rate": 3e-3,
     "stages.first.max_epochs": 12,
-    "stages.second.learning_rate": 1e-3,
+    "stages.second.learning_rate": 3e-4,
     "stages.second.max_epochs": 3,
 }
 
