@@ -59,7 +59,8 @@ class _Company:
         self._over = threading.Event()
         self._writing = threading.RLock()
         self.heard = threading.Event()
-        threading.Thread(target=self._listen, daemon=True, name="end of others").start()
+        self._listener = threading.Thread(target=self._listen, daemon=True, name="end of others")
+        self._listener.start()
 
     def tell(self, key: str, value: Any) -> None:
         self._client.key_value_set(f"stf/{key}", json.dumps(value))
@@ -71,7 +72,8 @@ class _Company:
             try:
                 return json.loads(self._client.blocking_key_value_get(f"stf/{key}", 500))
             except RuntimeError as error:
-                if "DEADLINE_EXCEEDED" not in str(error) or time.monotonic() > end:
+                late = time.monotonic() > end or self._over.is_set()
+                if "DEADLINE_EXCEEDED" not in str(error) or late:
                     raise
 
     def next_key(self) -> str:
@@ -113,6 +115,8 @@ class _Company:
         for other in range(self.processes):
             self.wait_for(f"done/{other}")
         self._over.set()
+        # Python cannot end while a thread waits in native code: C++ would call it a crash.
+        self._listener.join()
         jax.distributed.shutdown()
 
     def _listen(self) -> None:

@@ -252,7 +252,7 @@ def test_one_that_is_frozen_is_given_up(victim, tmp_path):
     finally:
         for process in processes:
             process.kill()
-            process.wait()
+        processes[victim].communicate()
     assert other.returncode not in (0, -signal.SIGKILL)
     assert f"process {victim} of this run has ended, or cannot be reached" in errors, errors
     assert "stack trace" not in errors
