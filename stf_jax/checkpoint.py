@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
-from stf_jax import progress, startup
+from stf_jax import hosts, progress, startup
 from stf_jax.model import Params
 from stf_jax.optim import by_path, parameter_path
+from stf_jax.parallel import on_host
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
@@ -57,6 +57,9 @@ class Checkpoints:
     only after that. Every file is checked against its digest before it is used, because neither
     disks nor the array format notice a flipped bit; damaged steps are set aside and the newest
     whole one is used.
+
+    Where several processes train one run, all of them call the same methods in the same order.
+    Process 0 alone writes, deletes and chooses; the others read what it has chosen.
     """
 
     def __init__(self, folder: Path, *, keep: int, copies: int = 1):
@@ -79,6 +82,8 @@ class Checkpoints:
 
     def clean(self) -> None:
         """Removes what a killed save left; to be called by who alone may write here."""
+        if not hosts.leads():
+            return
         for path in sorted(self._folder.glob(".saving-*")):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
             progress.say(f"{self._folder}: removed {path.name}, left by a save that was killed")
@@ -89,6 +94,8 @@ class Checkpoints:
         Raises:
           OSError: the disk is too full (says what is needed and what is free).
         """
+        if not hosts.leads():
+            return
         needed = _bytes(tree) * self._copies + _SPARE
         free = shutil.disk_usage(self._folder).free
         if free < needed:
@@ -101,22 +108,19 @@ class Checkpoints:
     def save(self, step: int, tree: Any, record: Mapping[str, Any]) -> None:
         """Starts to save; the arrays may be changed as soon as this returns.
 
-        A step that is already there stays: training is deterministic, so it is the same one. With
-        several processes it returns when all is on disk.
+        A step that is already there stays: training is deterministic, so it is the same one.
 
         Raises:
           OSError: the disk is too full, or the save before this one failed (says why).
         """
         self.wait()
-        if any(copy.step == step for copy in self._found()):
+        if hosts.from_first(lambda: any(copy.step == step for copy in self._found())):
             return
         self.check_space(tree)
-        arrays = by_path(tree)
-        if jax.process_count() > 1:
-            self._write(step, arrays, dict(record))
-            return
         # Copies: the next training step writes into the buffers of this one.
-        arrays = {name: np.array(array) for name, array in arrays.items()}
+        arrays = on_host(by_path(tree))
+        if not hosts.leads():
+            return
         self._saving = step, self._worker.submit(self._write, step, arrays, dict(record))
 
     def wait(self) -> None:
@@ -154,6 +158,16 @@ class Checkpoints:
           OSError: all are damaged (says how).
         """
         self.wait()
+        step, name = hosts.from_first(lambda: self._choose(set_aside))
+        path = self._folder / name
+        damage = "" if hosts.leads() else _damage(path)
+        if damage:
+            raise OSError(f"{path}: whole in process 0, but here {damage}: see to the file system")
+        record = json.loads((path / "record.json").read_text(encoding="utf-8"))
+        return step, _read(path, like), record
+
+    def _choose(self, set_aside: bool) -> tuple[int, str]:
+        """Step and folder of the newest whole checkpoint; see `restore`."""
         found = self._found()
         if not found:
             raise FileNotFoundError(
@@ -165,8 +179,7 @@ class Checkpoints:
             if not damage:
                 if damages:
                     progress.say(f"{self._folder}: step {copy.step} ({copy.path.name}) is used")
-                record = json.loads((copy.path / "record.json").read_text(encoding="utf-8"))
-                return copy.step, _read(copy.path, like), record
+                return copy.step, copy.path.name
             damages.append(f"{copy.path.name}: {damage}")
             aside = f"; set aside as {_set_aside(copy.path)}" if set_aside else ""
             progress.say(f"{self._folder}: {damages[-1]}{aside}")
@@ -202,18 +215,14 @@ class Checkpoints:
 
     def _write(self, step: int, arrays: dict[str, Any], record: dict[str, Any]) -> None:
         """Saves, verifies, copies, and then deletes what is older than the kept steps."""
-        first = jax.process_index() == 0
-        aside = self._folder / f".saving-{step}"
-        if first:
+        with hosts.undisturbed():
+            aside = self._folder / f".saving-{step}"
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()  # not its parents: a folder that vanished is an error
-        _barrier("checkpoint folder")
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-            checkpointer.save((aside / "tree").absolute(), args=ocp.args.StandardSave(arrays))
-        if first:
+            with _orbax(ocp.StandardCheckpointHandler) as checkpointer:
+                checkpointer.save((aside / "tree").absolute(), args=ocp.args.StandardSave(arrays))
             (aside / "record.json").write_text(json.dumps(record), encoding="utf-8")
-            if jax.process_count() == 1:
-                _check_written(aside, arrays)
+            _check_written(aside, arrays)
             _finish(aside)
             for number in range(1, self._copies):
                 copy = self._folder / f".saving-{step}.copy{number}"
@@ -232,13 +241,13 @@ class Checkpoints:
                     # Renamed first, so that a kill leaves no half of it under its name.
                     gone = old.path.rename(self._folder / f".saving-old-{old.path.name}")
                     shutil.rmtree(gone)
-        _barrier("checkpoint written")
 
 
-def _barrier(name: str) -> None:
-    """Waits until every process is here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+def _orbax(handler: Any) -> ocp.Checkpointer:
+    """Orbax for this process alone: of itself it would wait for all processes at every turn."""
+    here = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
+    return ocp.Checkpointer(handler(multiprocessing_options=alone), multiprocessing_options=alone)
 
 
 def _bytes(tree: Any) -> int:
@@ -309,7 +318,7 @@ def _check_written(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
         part[name] = jax.ShapeDtypeStruct(arrays[name].shape, arrays[name].dtype)
         if _bytes(part) < _READ and name != names[-1]:
             continue
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        with _orbax(ocp.PyTreeCheckpointHandler) as checkpointer:
             read = checkpointer.restore(
                 (folder / "tree").absolute(),
                 args=ocp.args.PyTreeRestore(item=part, partial_restore=True),
@@ -323,7 +332,7 @@ def _check_written(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
 def _read(folder: Path, like: Any) -> Any:
     """The tree of a whole checkpoint in the structure of `like`."""
     path = (folder / "tree").absolute()
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+    with _orbax(ocp.StandardCheckpointHandler) as checkpointer:
         stored = checkpointer.metadata(path).item_metadata.tree
         if like is not None:
             _check_same_leaves(stored, like, folder)
@@ -368,6 +377,14 @@ def _check_same_leaves(stored: Any, like: Any, where: Path) -> None:
             f"{where} does not fit the network of this configuration:\n  {shown}\n"
             "Use the configuration that it was trained with (config.json beside it)."
         )
+
+
+def digest_of(tree: Any) -> str:
+    """A digest of every bit of a tree of arrays; every process must ask."""
+    total = hashlib.sha256()
+    for name, array in on_host(by_path(tree)).items():
+        total.update(f"{name} {array.shape} {array.dtype} ".encode() + array.tobytes())
+    return total.hexdigest()[:16]
 
 
 def count_parameters(params: Params) -> int:

@@ -7,6 +7,7 @@ is imported before the flags are understood: a typo answers at once, and the wor
 the preparation, which import this module, start quickly.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import importlib.metadata
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from stf_jax import host, startup
+from stf_jax import host, native_errors, startup
 
 if TYPE_CHECKING:
     from stf_jax.index import VideoIndex
@@ -44,6 +45,18 @@ _PROFILE = flags.DEFINE_integer(
     "goes to tensorboard/<stage>/plugins/profile in the run's folder.",
     lower_bound=0,
 )
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator",
+    None,
+    "Several processes train one run: host:port of process 0, the same for all. With --processes "
+    "and --process.",
+)
+_PROCESSES = flags.DEFINE_integer("processes", None, "How many processes train this run.")
+_PROCESS = flags.DEFINE_integer("process", None, "The number of this one of them, from 0.")
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Take these three from SLURM, Open MPI or Kubernetes."
+)
+
 _INSPECT = flags.DEFINE_bool(
     "inspect",
     False,
@@ -71,17 +84,21 @@ def run_experiment(
     Returns:
       The results, as in `results.json`.
     """
-    from stf_jax import prepare, progress
+    from stf_jax import hosts, prepare, progress
     from stf_jax.parallel import check_batch
     from stf_jax.run import Run, Settings
 
     settings = Settings.of(config)
     _check_devices(config.allow_cpu)
     check_batch(config.batch_size, config.optimizer.accumulate, settings.mesh)
+    hosts.check_same("model_devices", lambda: config.model_devices)
     run = Run(workdir)
-    with prepare.locked(workdir):
-        run.claim(config)
-        if (workdir / "results.json").exists() and (workdir / "report" / "index.html").exists():
+    # Of several processes, process 0 holds the folder for all of them.
+    with prepare.locked(workdir) if hosts.leads() else contextlib.nullcontext():
+        hosts.after_first(lambda: run.claim(config))
+        hosts.check_same(f"the folder {workdir}", lambda: _holder(workdir))
+        ends = [workdir / "results.json", workdir / "report" / "index.html"]
+        if hosts.from_first(lambda: all(end.exists() for end in ends)):
             results = run.read_json("results.json")
             progress.say(f"all is done already in {workdir}")
         else:
@@ -92,16 +109,22 @@ def run_experiment(
     return results
 
 
+def _holder(workdir: Path) -> str:
+    """Who holds a folder, as its lock says: the same words wherever it is the same folder."""
+    lock = workdir / ".lock"
+    return lock.read_text(encoding="utf-8") if lock.exists() else "no lock"
+
+
 def _work(
     run: "Run", settings: "Settings", origin: dict[str, Any], profile_steps: int
 ) -> dict[str, Any]:
-    from stf_jax import progress
+    from stf_jax import hosts, progress
     from stf_jax.checkpoint import count_parameters
     from stf_jax.datasets import load_index
     from stf_jax.evaluate import score_run, write_samples, write_scores
     from stf_jax.monitor import Profiler
     from stf_jax.progress import peak_memory_mb
-    from stf_jax.records import prepare_records
+    from stf_jax.records import open_records, prepare_records, record_folder
     from stf_jax.run import allowed_mismatches, scored_index, stamp_of, with_source, write_videos
     from stf_jax.train import abstract_state, compile_ahead, train_stage
 
@@ -109,7 +132,7 @@ def _work(
     # A network that does not fit its clips fails here, not after hours of preparation.
     for name in settings.config.stage_order:
         abstract_state(settings, 2, name)
-    index = load_index(settings.config.data)
+    index = hosts.after_first(lambda: load_index(settings.config.data))
     progress.say(index.summary())
     order = settings.config.stage_order
     todo = [name for name in order if not run.stage_file(name, "done.json").exists()]
@@ -119,10 +142,17 @@ def _work(
         ahead = compile_ahead(settings, len(index.class_names), todo[0], fresh=fresh)
     startup.reached("tracing")
     began = time.monotonic()
-    records = prepare_records(index, settings.records)
-    index = with_source(run, settings, index, records)
+    records = hosts.after_first(
+        lambda: (
+            prepare_records(index, settings.records)
+            if hosts.leads()
+            else open_records(record_folder(index, settings.records), settings.records)
+        )
+    )
+    index = hosts.after_first(lambda: with_source(run, settings, index, records))
     data = _data_facts(run, index, records, round(time.monotonic() - began, 1))
     data["stamp"] = stamp_of(index, settings)
+    hosts.check_same("the prepared data", lambda: [index.stamp(), records.digest])
     run.write_json("data.json", data)
     write_videos(run, index, records)
     startup.reached("data")
@@ -136,8 +166,9 @@ def _work(
         progress.say(index.leak())
     allow = allowed_mismatches(settings.config.allow_mismatch)
     scores = score_run(run, settings, index, records, stamp=data["stamp"], allow=allow)
-    write_scores(run.workdir / "scores.csv", scores, index.class_names)
-    write_samples(run.workdir / "samples", settings, records, scores)
+    if hosts.leads():
+        write_scores(run.workdir / "scores.csv", scores, index.class_names)
+        write_samples(run.workdir / "samples", settings, records, scores)
     seconds = {"prepare": data["prepare_seconds"]}
     seconds |= {stage["name"]: stage["seconds"] for stage in stages}
     seconds["evaluate"] = round(time.monotonic() - began, 1)
@@ -161,9 +192,10 @@ def _work(
     }
     run.write_json("results.json", results)
     startup.note_programs()
-    from stf_jax.report import write_report
+    if hosts.leads():
+        from stf_jax.report import write_report
 
-    write_report(run.workdir)
+        write_report(run.workdir)
     return results
 
 
@@ -298,7 +330,13 @@ def main(argv: Sequence[str]) -> None:
 
             print(inspection(_CONFIG.value))
             return
-        run_experiment(_CONFIG.value, workdir, config_file, changes, _PROFILE.value)
+        if _COORDINATOR.value is not None or _DISTRIBUTED.value:
+            native_errors.watch()
+        from stf_jax import hosts
+
+        meeting = _COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _DISTRIBUTED.value
+        with hosts.joined(*meeting):
+            run_experiment(_CONFIG.value, workdir, config_file, changes, _PROFILE.value)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None

@@ -89,9 +89,40 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 def place(tree: Tree, mesh: Mesh) -> Tree:
     """Puts parameters or a training state where they belong.
 
-    They lie so from the first step, as restored ones do: one compiled step fits all of them.
+    They lie so from the first step, as restored ones do: one compiled step fits all of them. With
+    several processes each puts what its own devices hold, and all of them must have the same.
     """
-    return jax.device_put(tree, shardings(tree, mesh))
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings(tree, mesh))
+
+    def of(leaf: Any, sharding: NamedSharding) -> jax.Array:
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return jax.device_put(leaf, sharding)
+        # `device_put` would send all of it around to compare it.
+        whole = np.asarray(leaf)
+        return jax.make_array_from_callback(whole.shape, sharding, whole.__getitem__)
+
+    return jax.tree.map(of, tree, shardings(tree, mesh))
+
+
+def on_host(tree: Any) -> Any:
+    """Copies of arrays in the memory of the host, whole; every process must ask for them."""
+
+    def of(leaf: Any) -> np.ndarray:
+        if isinstance(leaf, jax.Array) and not (
+            leaf.is_fully_addressable or leaf.is_fully_replicated
+        ):
+            return gather(leaf)
+        return np.array(leaf)
+
+    return jax.tree.map(of, tree)
+
+
+def largest(value: int) -> int:
+    """The largest of the processes' numbers; every process must ask."""
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.process_allgather(np.int32(value)).max())
 
 
 def keep_placed(tree: Tree, mesh: Mesh) -> Tree:

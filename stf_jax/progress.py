@@ -8,9 +8,19 @@ from typing import Any
 
 from tqdm import tqdm
 
+_silent = False
+
+
+def silence() -> None:
+    """From now on lines and bars are not shown: another process of the same run shows them."""
+    global _silent
+    _silent = True
+
 
 def say(message: str) -> None:
     """Prints one line to standard output without tearing a progress bar apart."""
+    if _silent:
+        return
     tqdm.write(message, file=sys.stdout)
     sys.stdout.flush()
 
@@ -47,7 +57,7 @@ def bar(
         desc=description,
         unit=f" {unit}",
         initial=initial,
-        disable=disable,
+        disable=disable or _silent,
         mininterval=0.2 if interactive else 15.0,
         maxinterval=1.0 if interactive else 30.0,
         dynamic_ncols=interactive,

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
-from stf_jax import prepare, protocols
+from stf_jax import hosts, prepare, protocols
 from stf_jax.augment import AugmentSettings
 from stf_jax.checkpoint import Checkpoints, Params
 from stf_jax.index import ClipEntry, VideoIndex, some
@@ -190,7 +190,9 @@ class Run:
         return self.workdir / "stages" / stage / name
 
     def write_json(self, name: str, content: Any) -> None:
-        """Writes a JSON file whole or not at all."""
+        """Writes a JSON file whole or not at all; of several processes, process 0 does."""
+        if not hosts.leads():
+            return
         path = self.workdir / name
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(content, indent=2, ensure_ascii=False)
@@ -409,6 +411,8 @@ _VIDEO_COLUMNS = ("video_id", "class", "group", "subset", "sha256")
 
 def write_videos(run: Run, index: VideoIndex, records: Records) -> None:
     """Writes which videos the run uses for what, unusable ones left out: `videos.csv`."""
+    if not hosts.leads():
+        return
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(_VIDEO_COLUMNS)

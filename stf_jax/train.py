@@ -18,10 +18,11 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from stf_jax import progress, startup
+from stf_jax import hosts, progress, startup
 from stf_jax.augment import AugmentSettings, mix, mixup_shares, next_row
-from stf_jax.checkpoint import Checkpoints, Params
+from stf_jax.checkpoint import Checkpoints, Params, digest_of
 from stf_jax.evaluate import evaluate_subset
+from stf_jax.hosts import Interrupted
 from stf_jax.index import ClipEntry, VideoIndex
 from stf_jax.inputs import Batch, InputSettings, compute_flow, network_input
 from stf_jax.metrics import Sums, cross_entropy
@@ -31,8 +32,10 @@ from stf_jax.optim import OptimizerSettings, averaged, by_path, learning_rate_fn
 from stf_jax.parallel import (
     COMPILER_OPTIONS,
     divided_ahead,
+    gather,
     in_parts,
     keep_placed,
+    largest,
     part_of_batch,
     place,
     shapes_of_rows,
@@ -60,14 +63,6 @@ from stf_jax.transfer import (
 )
 
 Rates: TypeAlias = tuple[tuple[str, float], ...]
-
-
-class Interrupted(InterruptedError):
-    """The run was asked to stop and has saved its state; `signum` says by which signal."""
-
-    def __init__(self, signum: int):
-        super().__init__(f"stopped by {signal.Signals(signum).name}")
-        self.signum = signum
 
 
 @flax.struct.dataclass
@@ -342,8 +337,9 @@ def train_stage(
       FloatingPointError: the loss is not finite (names step and videos).
     """
     done = run.stage_file(name, "done.json")
-    if done.exists():
-        return json.loads(done.read_text())
+    earlier = hosts.from_first(lambda: json.loads(done.read_text()) if done.exists() else None)
+    if earlier is not None:
+        return earlier
     stage = settings.stages[name]
     number = settings.config.stage_order.index(name)
     entries = usable_entries(epoch_index(index, records, number, 0), records, "train")
@@ -357,6 +353,7 @@ def train_stage(
             ahead.weights.result()
         state, memory = _start(run, settings, name, stamp_of(index, settings), last)
         startup.reached("weights")
+        hosts.check_same(f"what stage '{name}' starts from", lambda: digest_of(state))
         step, every = int(state.step), settings.config.log_every_steps
         with (
             closing(Monitor(run.workdir, name, step=step, every=every)) as monitor,
@@ -392,7 +389,7 @@ def _start(
 ) -> tuple[TrainState, StageProgress]:
     """Where a stage goes on: its own last checkpoint, else the hand-off, else VGG, else scratch."""
     num_classes = len(stamp["classes"])
-    if last.latest_step() is not None:
+    if hosts.from_first(last.latest_step) is not None:
         like = abstract_state(settings, num_classes, name)
         step, state, record = last.restore(like, set_aside=True)
         where = run.workdir / "stages" / name / "last" / str(step)
@@ -517,21 +514,22 @@ class _Loop:
         with progress.bar(
             total=self._per_epoch, initial=first, description=title, unit="step"
         ) as bar:
-            for batch, divided in self._timed(self._per_epoch - first, memory):
-                state, told = self._step(state, memory, batch, divided)
+            for _, divided in self._timed(self._per_epoch - first, memory):
+                state, told = self._step(state, memory, divided)
                 bar.update()
                 bar.set_postfix_str(told, refresh=False)
                 step = int(state.step)
                 due = step % self._settings.config.checkpoint_every_steps == 0
-                if step % self._per_epoch and (due or self._stop):
+                asked = self._asked()
+                if step % self._per_epoch and (due or asked):
                     self._save(state, memory)
-                    if self._stop:
-                        raise Interrupted(self._stop[0])
+                    if asked:
+                        raise Interrupted(asked, everywhere=True)
         self._profiler.close()
         return self._end_epoch(state, memory)
 
     def _step(
-        self, state: TrainState, memory: StageProgress, batch: Batch, divided: Batch
+        self, state: TrainState, memory: StageProgress, divided: Batch
     ) -> tuple[TrainState, str]:
         """One step; returns the state after it, and what the progress bar says of it."""
         step = int(state.step)
@@ -551,7 +549,7 @@ class _Loop:
             )
             # Waits for the step; its norms stay on the device unless they are wanted.
             loss, clips, sums = jax.device_get((record.loss, record.clips, state.sums))
-        self._check_finite(float(loss), step, batch)
+        self._check_finite(float(loss), step, divided)
         if startup.first_step_done():
             startup.note_programs()
         top1 = sums.means()["top1"]
@@ -581,10 +579,11 @@ class _Loop:
             self.ahead = None
             startup.reached("compiler")
 
-    def _check_finite(self, loss: float, step: int, batch: Batch) -> None:
+    def _check_finite(self, loss: float, step: int, divided: Batch) -> None:
         if np.isfinite(loss):
             return
-        ids = ", ".join(self._entries[i].video_id for i in batch.entry[batch.mask])
+        entry, mask = gather((divided.entry, divided.mask))
+        ids = ", ".join(self._entries[i].video_id for i in entry[mask])
         self._last.wait()
         raise FloatingPointError(
             f"stage '{self._name}': the loss is {loss} at step {step}, on {ids}. The last finite "
@@ -635,9 +634,13 @@ class _Loop:
         # What the stage continues from must never be ahead of the best weights that it speaks of.
         self._best.wait()
         self._save(state, memory)
-        if self._stop:
-            raise Interrupted(self._stop[0])
+        if asked := self._asked():
+            raise Interrupted(asked, everywhere=True)
         return state
+
+    def _asked(self) -> int:
+        """The signal that asks to stop, whichever process has got it, or 0."""
+        return largest(self._stop[0] if self._stop else 0)
 
     def _row(
         self, kind: str, memory: StageProgress, step: int, means: dict[str, float], count: int

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
+from stf_jax import hosts
 from stf_jax.model import Params
 from stf_jax.optim import by_path, parameter_path
 from stf_jax.vgg import find_vgg16, port_vgg16, read_vgg16
@@ -248,5 +249,7 @@ def count_fates(fates: Mapping[str, Fate]) -> str:
 
 def write_fates(path: Path, fates: Mapping[str, Fate]) -> None:
     """Writes one line per tensor: path, shape, fate (JSON, readable)."""
+    if not hosts.leads():
+        return
     rows = {name: {"shape": list(fate.shape), "fate": fate.fate} for name, fate in fates.items()}
     path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

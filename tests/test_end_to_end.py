@@ -6,6 +6,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from stf_jax import demo
@@ -243,3 +245,85 @@ def test_a_storm_of_faults_changes_nothing(tmp_path):
     assert all(row["identical"] == "True" for row in rows)
     (whole,) = [row for row in rows if row["kind"] == "all"]
     assert int(whole["struck"]) >= 20
+
+
+def _together(place, workdir, *more):
+    """Two processes that train one run."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        meeting = f"--coordinator=localhost:{free.getsockname()[1]}", "--processes=2"
+    return [
+        subprocess.Popen(
+            _command(place, workdir, *meeting, f"--process={process}", *more),
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for process in range(2)
+    ]  # fmt: skip
+
+
+def _ends(processes):
+    try:
+        texts = [process.communicate(timeout=400) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    ends = [(p.returncode, *text) for p, text in zip(processes, texts, strict=True)]
+    assert not any("stack trace" in errors for _, _, errors in ends), ends
+    return ends
+
+
+def _meet_at(place, workdir, step, processes):
+    deadline = time.monotonic() + 300
+    while not any(s >= step for s in _steps(place, workdir, "first")):
+        assert time.monotonic() < deadline and all(p.poll() is None for p in processes)
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_two_processes_stopped_in_turn_end_as_two_that_were_not(place):
+    for victim, step in ((1, 2), (0, 6)):
+        processes = _together(place, "stopped")
+        _meet_at(place, "stopped", step, processes)
+        processes[victim].kill()
+        code, _, errors = _ends(processes)[1 - victim]
+        assert code not in (0, -signal.SIGKILL)
+        assert "of this run has ended" in errors and "Traceback" not in errors, errors
+    processes = _together(place, "stopped")
+    _meet_at(place, "stopped", 10, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    for code, _, errors in _ends(processes):
+        assert code == 128 + signal.SIGTERM and "the same command goes on" in errors, errors
+    first, second = _ends(_together(place, "stopped"))
+    assert first[0] == second[0] == 0, first[2] + second[2]
+    assert "continuing after step" in first[1]
+    assert not re.sub(r"\[Gloo\].*\n", "", second[1])  # process 0 speaks for both
+    assert [code for code, *_ in _ends(_together(place, "together"))] == [0, 0]
+    for stage in ("first", "second"):
+        for kind in ("last", "best"):
+            one, other = (_arrays(place / w / "stages" / stage / kind)
+                          for w in ("stopped", "together"))  # fmt: skip
+            assert one == other and len(one) > 90
+    scores = [(place / w / "scores.csv").read_bytes() for w in ("stopped", "together")]
+    assert scores[0] == scores[1]
+    _finish(_command(place, "alone"))
+    # Not to the last bit: two processes add up a gradient in another order than one.
+    losses = [_results(place, w)["loss"] for w in ("alone", "together")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert "all is done already" in _finish(_command(place, "together"))
+
+
+def _arrays(folder):
+    """The bytes of every array of the newest checkpoint."""
+    step = max(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        arrays = checkpointer.restore((folder / str(step) / "tree").absolute())
+    return {name: np.asarray(array).tobytes() for name, array in arrays.items()}
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_ends_both_and_names_the_clips_of_both(place):
+    processes = _together(place, "wild", "--config.stages.first.learning_rate=1e30")
+    for code, _, errors in _ends(processes):
+        assert code == 1
+        told = re.search(r"the loss is (nan|inf) at step \d+, on (.*?)\. The last finite", errors)
+        assert told and len(told[2].split(", ")) == 4, errors
