@@ -18,7 +18,7 @@ WALK = (
     "host native_errors progress startup archives index protocols layouts demo video flow tvl1 "
     "datasets prepare shards records augment inputs pipeline convolution vgg streams fusion "
     "recurrent model metrics optim parallel hosts checkpoint transfer run evaluate monitor train "
-    "cost predict report doctor main"
+    "cost predict onnx_graph export report doctor main"
 ).split()
 MODULES = {path.stem: path for path in (ROOT / "stf_jax").glob("*.py") if path.stem != "__init__"}
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -48,7 +48,10 @@ def test_modules_import_only_what_comes_before(name):
 
 def test_heavy_libraries_stay_in_their_modules():
     homes = {
-        "tensorflow": {"shards", "records", "pipeline", "predict"},
+        "tensorflow": {"shards", "records", "pipeline", "predict", "export"},
+        "onnx": {"onnx_graph", "export"},
+        "onnxruntime": {"export"},
+        "safetensors": {"predict", "export"},
         "cv2": {"flow", "prepare", "demo", "report"},
         "av": {"video", "demo"},
         "orbax": {"checkpoint"},
