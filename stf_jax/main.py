@@ -7,7 +7,6 @@ is imported before the flags are understood: a typo answers at once, and the wor
 the preparation, which import this module, start quickly.
 """
 
-import dataclasses
 import difflib
 import importlib.metadata
 import os
@@ -83,11 +82,12 @@ def _work(run: "Run", settings: "Settings", origin: dict[str, Any]) -> dict[str,
     from stf_jax import progress
     from stf_jax.checkpoint import count_parameters
     from stf_jax.datasets import load_index
-    from stf_jax.evaluate import score_run, write_samples, write_scores
+    from stf_jax.evaluate import run_figures, score_run, write_samples
     from stf_jax.progress import peak_memory_mb
     from stf_jax.records import prepare_records
     from stf_jax.report import write_report
     from stf_jax.run import allowed_mismatches, scored_index, stamp_of, with_source, write_videos
+    from stf_jax.scores import write_scores
     from stf_jax.train import abstract_state, train_stage
 
     # A network that does not fit its clips fails here, not after hours of preparation.
@@ -117,7 +117,7 @@ def _work(run: "Run", settings: "Settings", origin: dict[str, Any]) -> dict[str,
     seconds |= {stage["name"]: stage["seconds"] for stage in stages}
     seconds["evaluate"] = round(time.monotonic() - began, 1)
     results = {
-        **dataclasses.asdict(scores.figures()),
+        **run_figures(settings, index, scores),
         **{key: data[key] for key in ("protocol", "leaky", "excluded", "faults")},
         "overlap": index.overlap,
         "seen": index.seen,
