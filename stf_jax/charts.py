@@ -24,6 +24,8 @@ def write_charts(
       class_names: the classes.
       suffix: put at the end of the files' names, before '.png'.
     """
+    # Between two of these the library would read a formula.
+    class_names = [name.replace("$", r"\$") for name in class_names]
     _confusion(folder / f"confusion{suffix}.png", facts, class_names)
     _reliability(folder / f"reliability{suffix}.png", facts)
     _classes(folder / f"per_class{suffix}.png", facts, class_names)
@@ -54,12 +56,12 @@ def _confusion(path: Path, facts: Mapping[str, Any], names: Sequence[str]) -> No
     total = counts.sum(axis=1, keepdims=True)
     shares = np.where(total > 0, counts / np.maximum(total, 1), np.nan)
     number = len(names)
-    # Large enough for the names at 5 pt where there are many.
-    side = max(5.0, 2.5 + (0.5 if number <= _NUMBERED else 0.1) * number)
+    # Large enough for the names at 6 pt where there are many.
+    side = max(5.0, 2.5 + (0.5 if number <= _NUMBERED else 0.12) * number)
     with _figure(path, side + 1.0, side) as axes:
         picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         axes.figure.colorbar(picture, ax=axes, label="share of the true class", shrink=0.8)
-        size = 9 if number <= _NUMBERED else 5
+        size = 9 if number <= _NUMBERED else 6
         axes.set_xticks(range(number), names, rotation=90, fontsize=size)
         axes.set_yticks(range(number), names, fontsize=size)
         axes.set(xlabel="taken for", ylabel="true class", title=f"Confusion: {_title(facts)}")
@@ -127,5 +129,5 @@ def _classes(path: Path, facts: Mapping[str, Any], names: Sequence[str]) -> None
         axes.set(xlim=(0, 1.02), ylim=(number - 0.4, -0.6), title=f"Classes: {_title(facts)}")
         axes.set_xlabel("recall and precision (counts after the names)")
         axes.grid(axis="x", alpha=0.3)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.6 / (1 + 0.15 * number)), ncols=3,
-                    fontsize=8)  # fmt: skip
+        axes.set_axisbelow(True)
+        axes.figure.legend(loc="outside lower center", ncols=3, fontsize=8)
