@@ -162,7 +162,8 @@ class Scorer:
         if isinstance(self.model, LateFusion):
             return score_streams(self.params, batch, **told)
         scores = {_WHOLE: score_batch(self.params, batch, **told)}
-        if self.each_stream and self.model.spatial and self.model.temporal:
+        both = self.model.spatial is not None and self.model.temporal is not None
+        if self.each_stream and both:
             for name in ("flow", "rgb"):
                 scores[f"without_{name}"] = score_batch(self.params, batch, silent=name, **told)
         return scores
@@ -325,7 +326,12 @@ def run_figures(settings: Settings, index: VideoIndex, scores: Scores) -> dict[s
         seed=seed,
         groups_known=index.overlap is not None,
     )
-    return {**figures, "views": {**dataclasses.asdict(settings.eval), "seed": seed}}
+    views = {
+        "summary": settings.eval.summary(),
+        **dataclasses.asdict(settings.eval),
+        "seed": seed,
+    }
+    return {**figures, "views": views}
 
 
 def score_again(

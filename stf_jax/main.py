@@ -231,7 +231,7 @@ def _headline(results: dict[str, Any]) -> str:
         f"test:{leak} top-1 {results['top1']:.2%} (95 % interval {low:.1%} to {high:.1%}), "
         f"top-5 {results['top5']:.2%}, mean class accuracy {results['mean_class_accuracy']:.2%}, "
         f"{results['num_videos']} videos ({len(results['excluded'])} excluded), "
-        f"{results['protocol']}"
+        f"{results['views']['summary']}, {results['protocol']}"
     )
 
 

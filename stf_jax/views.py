@@ -61,6 +61,18 @@ class EvalSettings:
         """Whether clips are drawn."""
         return self.repeats > 1 or self.min_per_class > 0
 
+    def summary(self) -> str:
+        """How videos are viewed, for people."""
+        if self.min_per_class:
+            told = f"drawn clips, at least {self.min_per_class} of each class"
+        elif self.random:
+            told = f"{self.repeats} drawn clips per video"
+        else:
+            told = f"{self.num_clips} clip{'s' * (self.num_clips > 1)} per video"
+        if self.num_crops > 1:
+            told += f", {self.num_crops} crops"
+        return told + ", mirrored too" * self.flip
+
     def check_room(self, size: int, resize: str, crop_size: int) -> None:
         """Makes sure that several windows are not all the same.
 

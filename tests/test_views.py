@@ -93,3 +93,17 @@ def test_crops_that_would_all_be_the_same_are_refused():
     several.check_room(256, "squash", 224)
     several.check_room(224, "short_side", 224)
     ONE.check_room(224, "squash", 224)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, "1 clip per video"),
+        ({"num_clips": 10, "num_crops": 3}, "10 clips per video, 3 crops"),
+        ({"num_clips": 2, "flip": True}, "2 clips per video, mirrored too"),
+        ({"repeats": 4}, "4 drawn clips per video"),
+        ({"min_per_class": 1000}, "drawn clips, at least 1000 of each class"),
+    ],
+)  # fmt: skip
+def test_views_are_told(changes, told):
+    assert dataclasses.replace(ONE, **changes).summary() == told
