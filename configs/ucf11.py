@@ -170,9 +170,16 @@ def get_config(presets: str = "") -> ConfigDict:
     }
     config.stages = {"first": stage, "second": {**stage, "learning_rate": 1e-6, "max_epochs": 15}}
     config.stage_order = ("first", "second")
-    # Clips per video at the end: 1 is the deterministic one, more are drawn as in training, their
-    # probabilities averaged (SPEC 1.11).
-    config.eval = {"repeats": 1}
+    # How videos are scored at the end; the probabilities of a video's views are averaged.
+    config.eval = {
+        "num_clips": 1,  # per video, evenly spread (SPEC 1.8)
+        "num_crops": 1,  # 3: along the longer side; 5: corners and centre
+        "flip": False,  # mirror images too; wrong where left and right are different classes
+        "repeats": 1,  # more: so many clips instead, drawn as in training (SPEC 1.11)
+        "min_per_class": 0,  # or as many as it takes; the paper's Table 3: 1000
+        "each_stream": False,  # also with either stream silenced
+        "calibration_bins": 15,
+    }
 
     for preset in filter(None, presets.split(",")):
         if preset == "laptop":

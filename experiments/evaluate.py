@@ -1,17 +1,23 @@
-"""Scores videos with a finished run: its own again, or others.
+"""Scores videos with a run: its own again, or others; one clip of each, or many views.
 
-    python experiments/evaluate.py --workdir=runs/demo [--subset=test] [--scores=scores.csv]
+    python experiments/evaluate.py --workdir=runs/demo [--subset=test] [--out=scores]
+    python experiments/evaluate.py --workdir=runs/ucf101 --views=10x3xflip --out=scores
+    python experiments/evaluate.py --workdir=runs/ucf101 --min_per_class=1000
     python experiments/evaluate.py --workdir=runs/ucf101 --root=/other/videos --protocol=official
+    python experiments/evaluate.py --workdir=runs/ucf101 --stage=first --checkpoint=last
 
 Prints the figures as JSON; without changes they are those of the run's results.json, to the last
-digit. --root, --list, --protocol, --split and --fold replace settings of the run's `data` part.
-Videos that the run was trained on are refused, and so are other classes than the run's.
+digit. Each says its level: 'video' averages the probabilities of a video's clips, 'clip' counts
+every clip. --root, --list, --protocol, --split and --fold replace settings of the run's `data`
+part. Videos that the run was trained on are refused, and so are other classes than the run's.
 """
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags
 
@@ -19,7 +25,28 @@ from stf_jax import host, startup
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
 _SUBSET = flags.DEFINE_enum("subset", "test", ["train", "validation", "test"], "What to score.")
+_STAGE = flags.DEFINE_string("stage", "", "Weights of this stage; the last one's by default.")
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", "best", "Which of its weights: 'best', 'last', or the number of a stored step."
+)
+_VIEWS = flags.DEFINE_string(
+    "views",
+    None,
+    "CLIPS[xCROPS][xflip]: clips per video, evenly spread; crops per clip (1, 3 along the longer "
+    "side, 5 corners and centre); and their mirror images. Instead of the run's `eval`.",
+)
+_REPEATS = flags.DEFINE_integer(
+    "repeats", None, "So many clips per video instead, drawn as in training."
+)
+_MIN_PER_CLASS = flags.DEFINE_integer(
+    "min_per_class", None, "Or drawn until each class is classified so often: Table 3 has 1000."
+)
+_SEED = flags.DEFINE_integer("seed", None, "Of what is drawn; the run's by default.")
+_STREAMS = flags.DEFINE_bool(
+    "streams", None, "Also score a network of both streams with either of them silenced."
+)
 _SCORES = flags.DEFINE_string("scores", None, "Where to write the per-video scores (CSV).")
+_OUT = flags.DEFINE_string("out", None, "Folder for scores and figures as CSV, JSON and pictures.")
 _ALLOW = flags.DEFINE_list(
     "allow",
     [],
@@ -35,6 +62,30 @@ _CHANGES = {
 }
 
 
+def _views() -> dict[str, Any]:
+    """What the flags change of the run's `eval`, and the seed."""
+    changes: dict[str, Any] = {}
+    if (_VIEWS.value, _REPEATS.value, _MIN_PER_CLASS.value) != (None, None, None):
+        # Which clips is said here, so nothing of what the run says of it stays.
+        changes = {"num_clips": 1, "repeats": 1, "min_per_class": 0}
+    if _VIEWS.value is not None:
+        match = re.fullmatch(r"(\d+)(?:x(\d+))?(xflip)?", _VIEWS.value)
+        if not match:
+            raise app.UsageError(
+                f"--views={_VIEWS.value}: expected CLIPS, CLIPSxCROPS or CLIPSxCROPSxflip, such as "
+                "10x3xflip"
+            )
+        changes |= {"num_clips": int(match[1]), "num_crops": int(match[2] or 1)}
+        changes["flip"] = bool(match[3])
+    told = {
+        "repeats": _REPEATS.value,
+        "min_per_class": _MIN_PER_CLASS.value,
+        "each_stream": _STREAMS.value,
+        "seed": _SEED.value,
+    }
+    return changes | {key: value for key, value in told.items() if value is not None}
+
+
 def main(argv: Sequence[str]) -> None:
     """Scores and prints."""
     if len(argv) > 1:
@@ -42,18 +93,31 @@ def main(argv: Sequence[str]) -> None:
     unknown = set(_ALLOW.value) - {"classes", "split", "flow", "trained"}
     if unknown:
         raise app.UsageError(f"--allow: {', '.join(unknown)} is none of classes,split,flow,trained")
-    from stf_jax.evaluate import score_again, write_scores
+    views = _views()
+    from stf_jax.charts import write_charts
+    from stf_jax.evaluate import score_again
     from stf_jax.run import Run
+    from stf_jax.scores import levels, write_folder, write_scores
 
     changes = {key: flag.value for key, flag in _CHANGES.items() if flag.value is not None}
     try:
         facts, scores = score_again(
-            Run(Path(_WORKDIR.value)), subset=_SUBSET.value, changes=changes, allow=_ALLOW.value
+            Run(Path(_WORKDIR.value)),
+            subset=_SUBSET.value,
+            changes=changes,
+            allow=_ALLOW.value,
+            views=views,
+            stage=_STAGE.value,
+            checkpoint=_CHECKPOINT.value,
         )
+        if _SCORES.value:
+            write_scores(Path(_SCORES.value), scores, facts["class_names"])
+        if _OUT.value:
+            write_folder(Path(_OUT.value), facts, scores, facts["class_names"])
+            for level, suffix in levels(facts):
+                write_charts(Path(_OUT.value), level, facts["class_names"], suffix)
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")
-    if _SCORES.value:
-        write_scores(Path(_SCORES.value), scores, facts["class_names"])
     print(json.dumps(facts, indent=2))
 
 

@@ -76,9 +76,13 @@ class Checkpoints:
         self._saving: tuple[int, futures.Future[None]] | None = None
         self._warned = False
 
+    def steps(self) -> list[int]:
+        """The steps on disk, the oldest first."""
+        return sorted({copy.step for copy in self._found()})
+
     def latest_step(self) -> int | None:
         """The newest step on disk, or None."""
-        return max((copy.step for copy in self._found()), default=None)
+        return max(self.steps(), default=None)
 
     def clean(self) -> None:
         """Removes what a killed save left; to be called by who alone may write here."""
@@ -141,13 +145,17 @@ class Checkpoints:
                 "cause is mended the same command goes on from there",
             ) from error
 
-    def restore(self, like: Any, *, set_aside: bool = False) -> tuple[int, Any, dict[str, Any]]:
+    def restore(
+        self, like: Any, *, set_aside: bool = False, step: int | None = None, part: str = ""
+    ) -> tuple[int, Any, dict[str, Any]]:
         """Reads the newest whole checkpoint.
 
         Args:
           like: a tree of the expected structure, shapes and dtypes (arrays or their shapes); None
             takes what there is, as a dict of arrays by path.
           set_aside: rename damaged ones, so that they are not met again; for who alone may write.
+          step: read this one; None is the newest.
+          part: read only what lies under this name, such as 'params', of which `like` speaks.
 
         Returns:
           Its step, tree (of numpy arrays) and record.
@@ -158,20 +166,21 @@ class Checkpoints:
           OSError: all are damaged (says how).
         """
         self.wait()
-        step, name = hosts.from_first(lambda: self._choose(set_aside))
+        chosen, name = hosts.from_first(lambda: self._choose(set_aside, step))
         path = self._folder / name
         damage = "" if hosts.leads() else _damage(path)
         if damage:
             raise OSError(f"{path}: whole in process 0, but here {damage}: see to the file system")
         record = json.loads((path / "record.json").read_text(encoding="utf-8"))
-        return step, _read(path, like), record
+        return chosen, _read(path, like, part), record
 
-    def _choose(self, set_aside: bool) -> tuple[int, str]:
+    def _choose(self, set_aside: bool, step: int | None) -> tuple[int, str]:
         """Step and folder of the newest whole checkpoint; see `restore`."""
-        found = self._found()
+        found = [copy for copy in self._found() if step in (None, copy.step)]
         if not found:
+            told = "checkpoint" if step is None else f"checkpoint of step {step}"
             raise FileNotFoundError(
-                f"{self._folder} holds no checkpoint. Train first, or name the right --workdir."
+                f"{self._folder} holds no {told}. Train first, or name the right --workdir."
             )
         damages: list[str] = []
         for copy in found:
@@ -329,9 +338,14 @@ def _check_written(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
         part = {}
 
 
-def _read(folder: Path, like: Any) -> Any:
-    """The tree of a whole checkpoint in the structure of `like`."""
+def _read(folder: Path, like: Any, part: str = "") -> Any:
+    """The tree of a whole checkpoint, or what of it lies under `part`, in the structure of `like`.
+
+    Of a part nothing else is read: the rest of a training state is twice its size.
+    """
     path = (folder / "tree").absolute()
+    if part:
+        return _read_part(path, like, f"{part}/")
     with _orbax(ocp.StandardCheckpointHandler) as checkpointer:
         stored = checkpointer.metadata(path).item_metadata.tree
         if like is not None:
@@ -344,6 +358,23 @@ def _read(folder: Path, like: Any) -> Any:
     if like is None:
         return arrays
     return jax.tree_util.tree_map_with_path(lambda p, _: arrays[parameter_path(p)], like)
+
+
+def _read_part(path: Path, like: Any, prefix: str) -> Any:
+    with _orbax(ocp.PyTreeCheckpointHandler) as checkpointer:
+        stored = by_path(checkpointer.metadata(path).item_metadata.tree)
+        here = {k.removeprefix(prefix): leaf for k, leaf in stored.items() if k.startswith(prefix)}
+        _check_same_leaves(here, like, path.parent)
+        wanted = {
+            prefix + name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+            for name, leaf in by_path(like).items()
+        }
+        arrays = checkpointer.restore(
+            path, args=ocp.args.PyTreeRestore(item=wanted, partial_restore=True)
+        )
+    return jax.tree_util.tree_map_with_path(
+        lambda p, _: np.asarray(arrays[prefix + parameter_path(p)]), like
+    )
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

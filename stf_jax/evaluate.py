@@ -1,9 +1,7 @@
 """Scoring videos with a trained network: one pure function that everything calls."""
 
-import csv
 import dataclasses
 import functools
-import io
 import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,100 +10,217 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32, Int
 
-from stf_jax import prepare, progress
+from stf_jax import progress
 from stf_jax.checkpoint import Params
 from stf_jax.datasets import load_index
 from stf_jax.index import ClipEntry, VideoIndex
-from stf_jax.inputs import Batch, InputSettings, compute_flow, flow_to_pixels, network_input
-from stf_jax.metrics import Figures, summarise
-from stf_jax.model import Network, fold_pyramid
-from stf_jax.parallel import COMPILER_OPTIONS, divided_ahead, gather, part_of_batch, place
-from stf_jax.pipeline import batches, steps_per_epoch
+from stf_jax.inputs import (
+    Batch,
+    InputSettings,
+    compute_flow,
+    flow_to_pixels,
+    network_input,
+    silenced,
+)
+from stf_jax.model import LateFusion, Network, fold_pyramid
+from stf_jax.parallel import COMPILER_OPTIONS, divide, divided_ahead, gather, part_of_batch, place
+from stf_jax.pipeline import batches, planned_batches, steps_per_epoch
 from stf_jax.prepare import RecordSettings
 from stf_jax.records import Records, prepare_records
 from stf_jax.run import (
     Run,
     Settings,
     TrainedOn,
-    best_params,
     of_known_classes,
     scored_index,
+    stage_params,
     stamp_of,
     usable_entries,
     with_source,
 )
+from stf_jax.scores import Scores, Views, all_figures
+from stf_jax.views import ClipPlan, EvalSettings, is_upright, one_view, plan_clips
+
+# The name of the scores of all streams together.
+_WHOLE = "fused"
 
 
-@functools.partial(jax.jit, static_argnames=("model", "inputs"), compiler_options=COMPILER_OPTIONS)
-def score_batch(
-    params: Params, batch: Batch, *, model: Network, inputs: InputSettings
-) -> Float[Array, "b k"]:
-    """Class probabilities of each clip of a batch."""
-    rgb, flow = network_input(batch, inputs, augment=None)
-    logits, _ = model.apply({"params": params}, rgb, flow, train=False)
+def _apply(
+    params: Params,
+    batch: Batch,
+    window: Array | None,
+    model: Network,
+    inputs: InputSettings,
+    mirrored: bool,
+    silent: str,
+) -> Any:
+    batch = silenced(batch, silent) if silent else batch
+    rgb, flow = network_input(batch, inputs, None, window, mirrored=mirrored)
+    return model.apply({"params": params}, rgb, flow, train=False)
+
+
+def _softmax(logits: Array) -> Array:
     return jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
 
 
-@dataclasses.dataclass(frozen=True)
-class Scores:
-    """Scores of videos, in the order of `entries`.
+@functools.partial(
+    jax.jit,
+    static_argnames=("model", "inputs", "mirrored", "silent"),
+    compiler_options=COMPILER_OPTIONS,
+)
+def score_batch(
+    params: Params,
+    batch: Batch,
+    window: Int[Array, "b 2"] | None = None,
+    *,
+    model: Network,
+    inputs: InputSettings,
+    mirrored: bool = False,
+    silent: str = "",
+) -> Float[Array, "b k"]:
+    """Class probabilities of each clip of a batch.
 
     Args:
-      entries: the videos.
-      probabilities: float32 `n k`.
+      params: of the network.
+      batch: clips, their flow computed.
+      window: which window of them is seen; see `network_input`.
+      model: the network.
+      inputs: how clips become network input.
+      mirrored: whether they are mirrored.
+      silent: 'rgb' or 'flow' shows nothing to that stream; see `silenced`.
     """
-
-    entries: tuple[ClipEntry, ...]
-    probabilities: np.ndarray
-
-    def figures(self) -> Figures:
-        """Accuracies, confusion matrix and interval."""
-        return summarise(self.probabilities, np.array([entry.label for entry in self.entries]))
+    return _softmax(_apply(params, batch, window, model, inputs, mirrored, silent)[0])
 
 
-def evaluate(
-    model: Network,
+@functools.partial(
+    jax.jit, static_argnames=("model", "inputs", "mirrored"), compiler_options=COMPILER_OPTIONS
+)
+def score_streams(
     params: Params,
+    batch: Batch,
+    window: Int[Array, "b 2"] | None = None,
+    *,
+    model: LateFusion,
     inputs: InputSettings,
-    stored: RecordSettings,
-    stream: Iterable[Batch],
-    entries: Sequence[ClipEntry],
-    mesh: Mesh,
-) -> Scores:
-    """Scores every video of a stream exactly once.
+    mirrored: bool = False,
+) -> dict[str, Float[Array, "b k"]]:
+    """As `score_batch`, and the probabilities of both networks before they are averaged."""
+    logits, features = _apply(params, batch, window, model, inputs, mirrored, "")
+    each = {"rgb": features["rgb_logits"], "flow": features["flow_logits"]}
+    return {name: _softmax(scores) for name, scores in {_WHOLE: logits, **each}.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scorer:
+    """A network and what it is shown.
 
     Args:
       model: the network.
-      params: its parameters.
+      params: its parameters, on the devices.
       inputs: how clips become network input.
       stored: how the records hold them.
-      stream: batches, or this process's part of each; masked rows are left out.
-      entries: what `Batch.entry` points into.
       mesh: the devices that batches are divided among.
+      each_stream: whether a network of both streams is also scored with either silenced.
+    """
+
+    model: Network
+    params: Params
+    inputs: InputSettings
+    stored: RecordSettings
+    mesh: Mesh
+    each_stream: bool = False
+
+    def views(
+        self, batch: Batch, windows: Sequence[np.ndarray | None], mirrored: Sequence[bool]
+    ) -> dict[str, list[Array]]:
+        """Scores the views of a batch: of each stream those of each window, mirrored in turn.
+
+        Args:
+          batch: clips, divided among the devices.
+          windows: each an int32 `b 2` for the clips of this process, or None for the centre.
+          mirrored: see `ClipPlan`.
+        """
+        batch = compute_flow(batch, self.stored)
+        scores: dict[str, list[Array]] = {}
+        for window, turn in itertools.product(windows, mirrored):
+            # What has its usual value is not named: the usual view is the program that predictions
+            # run, compiled once.
+            told: dict[str, Any] = {"model": self.model, "inputs": self.inputs}
+            if window is not None:
+                told["window"] = divide(window, self.mesh)
+            if turn:
+                told["mirrored"] = True
+            for name, probabilities in self._streams(batch, told).items():
+                scores.setdefault(name, []).append(probabilities)
+        return scores
+
+    def _streams(self, batch: Batch, told: dict[str, Any]) -> dict[str, Array]:
+        if isinstance(self.model, LateFusion):
+            return score_streams(self.params, batch, **told)
+        scores = {_WHOLE: score_batch(self.params, batch, **told)}
+        both = self.model.spatial is not None and self.model.temporal is not None
+        if self.each_stream and both:
+            for name in ("flow", "rgb"):
+                scores[f"without_{name}"] = score_batch(self.params, batch, silent=name, **told)
+        return scores
+
+
+def evaluate(
+    scorer: Scorer, stream: Iterable[Batch], plan: ClipPlan, entries: Sequence[ClipEntry]
+) -> Scores:
+    """Scores every clip of a plan exactly once, one batch at a time.
+
+    Args:
+      scorer: the network.
+      stream: the clips of the plan in batches, or this process's part of each; masked rows are
+        left out.
+      plan: what to score.
+      entries: what `ClipPlan.entry` points into.
 
     Returns:
       The scores, independent of batch size and order, in every process.
 
     Raises:
-      ValueError: a video is missing or comes twice (names it).
+      ValueError: a clip is missing or comes twice (names its video).
     """
-    rows: dict[int, np.ndarray] = {}
-    for _, batch in divided_ahead(stream, mesh):
-        batch = compute_flow(batch, stored)
-        divided = score_batch(params, batch, model=model, inputs=inputs)
-        scores, numbers, mask = gather((divided, batch.entry, batch.mask))
-        for entry, row in zip(numbers[mask].tolist(), scores[mask], strict=True):
-            if entry in rows:
-                raise ValueError(f"{entries[entry].video_id} came twice in one evaluation")
-            rows[entry] = row
-    for number, entry in enumerate(entries):
-        if number not in rows:
-            raise ValueError(f"{entry.video_id} was left out of the evaluation")
-    ordered = np.stack([rows[number] for number in range(len(entries))])
-    return Scores(tuple(entries), ordered)
+    rows: dict[str, np.ndarray] = {}
+    seen = np.zeros(len(plan), int)
+    for local, batch in divided_ahead(stream, scorer.mesh):
+        scores = scorer.views(batch, plan.windows_of(np.asarray(local.entry)), plan.mirrored)
+        scores, numbers, mask = gather((scores, batch.entry, batch.mask))
+        numbers = numbers[mask]
+        np.add.at(seen, numbers, 1)
+        for name, parts in scores.items():
+            if name not in rows:
+                shape = len(plan), len(parts), parts[0].shape[1]
+                rows[name] = np.empty(shape, np.float32)
+            rows[name][numbers] = np.stack([part[mask] for part in parts], axis=1)
+    for wrong, told in ((seen > 1, "came twice in one"), (seen < 1, "was left out of the")):
+        for number in np.flatnonzero(wrong):
+            raise ValueError(f"{entries[plan.entry[number]].video_id} {told} evaluation")
+    parts = {name: _scores(plan, entries, found) for name, found in rows.items()}
+    whole = parts.pop(_WHOLE)
+    return dataclasses.replace(whole, streams=parts)
+
+
+def _scores(
+    plan: ClipPlan, entries: Sequence[ClipEntry], found: Float32[np.ndarray, "n v k"]
+) -> Scores:
+    """The scores of the views of each clip of a plan, windows in order and mirrored in turn."""
+    turns = len(plan.mirrored)
+    count, each, _ = found.shape
+    views = Views(
+        video=np.repeat(plan.entry, each),
+        clip=np.repeat(plan.clip, each),
+        crop=np.repeat(plan.crop.reshape(-1), turns),
+        mirrored=np.tile(np.array(plan.mirrored), count * each // turns),
+        probabilities=rearrange(found, "n v k -> (n v) k"),
+    )
+    return Scores.of_views(entries, views)
 
 
 def evaluate_subset(
@@ -115,7 +230,7 @@ def evaluate_subset(
     records: Records,
     subset: str,
     *,
-    repeats: int = 1,
+    views: EvalSettings | None = None,
     show_progress: bool = False,
 ) -> Scores:
     """Scores the usable videos of one subset of an index.
@@ -126,48 +241,44 @@ def evaluate_subset(
       index: the videos.
       records: their stored frames and flow.
       subset: of the index.
-      repeats: 1 scores the deterministic clip of each video; more is how many clips are drawn from
-        it as in training, without augmentation, and their probabilities averaged (SPEC 1.11).
+      views: what of each video is scored; None is its one deterministic clip.
       show_progress: whether to show a bar.
     """
     entries = usable_entries(index, records, subset)
     if not entries:
         raise ValueError(f"the {subset} subset of {index.root} holds no usable video")
+    views = views or one_view(settings.eval)
     size = settings.config.batch_size
-    steps = steps_per_epoch(len(entries), size)
-    stream: Iterable[Batch] = batches(
+    stored = [records.rows[entry.video_id] for entry in entries]
+    plan = plan_clips(
+        [entry.label for entry in entries],
+        is_upright([row.width for row in stored], [row.height for row in stored]),
+        views,
+        aspect_kept=settings.records.resize == "short_side" and views.num_crops > 1,
+    )
+    stream: Iterable[Batch] = planned_batches(
         records,
         entries,
         settings.sampling,
+        plan,
         batch_size=size,
-        train=False,
         seed=settings.config.seed,
-        stop_step=repeats * steps,
         part=part_of_batch(settings.mesh.devices, jax.process_index()),
-        draw=repeats > 1,
     )
     if show_progress:
-        stream = progress.bar(
-            stream, total=repeats * steps, description=f"score {subset}", unit="batch"
-        )
+        total = steps_per_epoch(len(plan), size)
+        stream = progress.bar(stream, total=total, description=f"score {subset}", unit="batch")
     model, params = fold_pyramid(settings.model(len(index.class_names)), params)
-    params = place(params, settings.mesh)
+    scorer = Scorer(
+        model=model,
+        params=place(params, settings.mesh),
+        inputs=settings.inputs,
+        stored=settings.records,
+        mesh=settings.mesh,
+        each_stream=views.each_stream,
+    )
     # An iterator: whoever looks into a bar to see what it holds takes its first batch away.
-    clips = iter(stream)
-    drawn = [
-        evaluate(
-            model,
-            params,
-            settings.inputs,
-            settings.records,
-            itertools.islice(clips, steps),
-            entries,
-            settings.mesh,
-        )
-        for _ in range(repeats)
-    ]
-    mean = np.mean([scores.probabilities for scores in drawn], axis=0)
-    return Scores(tuple(entries), mean)
+    return evaluate(scorer, iter(stream), plan, entries)
 
 
 def score_run(
@@ -179,8 +290,10 @@ def score_run(
     *,
     stamp: Mapping[str, Any],
     allow: Collection[str],
+    stage: str = "",
+    checkpoint: str = "best",
 ) -> Scores:
-    """Scores a subset with the best weights of a run's last stage.
+    """Scores a subset with the weights of a run, as its settings say (`eval`).
 
     Args:
       run: the run.
@@ -190,37 +303,67 @@ def score_run(
       subset: of the index.
       stamp: what the weights must have been trained with (`run.stamp_of`).
       allow: in what they may differ from it.
+      stage: whose weights; '' is the last stage's.
+      checkpoint: which of them: see `run.stage_params`.
 
     Raises:
+      FileNotFoundError: there are no such weights.
       ValueError: they were trained with another split, other classes or other flow.
     """
-    params = best_params(run, settings, settings.evaluated_stage, stamp, allow)
-    repeats = settings.config.eval.repeats
+    stage = stage or settings.evaluated_stage
+    params = stage_params(run, settings, stage, checkpoint, stamp, allow)
     return evaluate_subset(
-        settings, params, index, records, subset, repeats=repeats, show_progress=True
+        settings, params, index, records, subset, views=settings.eval, show_progress=True
     )
 
 
+def run_figures(settings: Settings, index: VideoIndex, scores: Scores) -> dict[str, Any]:
+    """The figures of a run's scores, and how its videos were viewed."""
+    seed = settings.config.seed
+    figures = all_figures(
+        scores,
+        bins=settings.eval.calibration_bins,
+        seed=seed,
+        groups_known=index.overlap is not None,
+    )
+    views = {
+        "summary": settings.eval.summary(),
+        **dataclasses.asdict(settings.eval),
+        "seed": seed,
+    }
+    return {**figures, "views": views}
+
+
 def score_again(
-    run: Run, *, subset: str, changes: Mapping[str, Any], allow: Collection[str]
+    run: Run,
+    *,
+    subset: str,
+    changes: Mapping[str, Any],
+    allow: Collection[str],
+    views: Mapping[str, Any] | None = None,
+    stage: str = "",
+    checkpoint: str = "best",
 ) -> tuple[dict[str, Any], Scores]:
-    """Scores videos with a finished run: its own again, or others.
+    """Scores videos with a run: its own again, or others.
 
     Args:
-      run: the run.
+      run: the run; finished, for the figures of its protocol.
       subset: what to score.
       changes: settings of its `data` part that are to be others.
       allow: 'classes' leaves videos of classes out that the run does not know, 'trained' scores
         videos that it was trained on, 'split' and 'flow' use weights that were trained with others.
+      views: settings of its `eval` part that are to be others, and `seed`, that of what is drawn.
+      stage: whose weights; '' is the last stage's.
+      checkpoint: which of them: see `run.stage_params`.
 
     Returns:
       The figures with what must be known about them, and the scores.
 
     Raises:
-      FileNotFoundError: the run is not finished, or the videos are not there.
+      FileNotFoundError: the run has no such weights, or the videos are not there.
       ValueError: the run was trained on some of the videos, or for something else.
     """
-    settings = run.settings()
+    settings = _viewed(run.settings(), views or {})
     stored = run.read_json("data.json")["stamp"]
     index = load_index({**settings.config.data, **changes})
     stamp = stamp_of(index, settings)
@@ -243,31 +386,39 @@ def score_again(
             f"such as {known[0].video_id}: their score would say nothing about new videos. Say "
             "--allow=trained to have it all the same."
         )
-    scores = score_run(run, settings, index, records, subset, stamp=stamp, allow=allow)
+    stage = stage or settings.evaluated_stage
+    scores = score_run(
+        run,
+        settings,
+        index,
+        records,
+        subset,
+        stamp=stamp,
+        allow=allow,
+        stage=stage,
+        checkpoint=checkpoint,
+    )
     overlap = index.overlap if own else trained.related(entries, index)
     facts = {
         "subset": subset,
+        "stage": stage,
+        "checkpoint": checkpoint,
         "protocol": index.protocol,
         "leaky": index.leaky if own else bool(known) or overlap != 0.0,
         "overlap": overlap,
         "seen": index.seen if own else len(known) / max(1, len(entries)),
         "class_names": list(index.class_names),
-        **dataclasses.asdict(scores.figures()),
+        **run_figures(settings, index, scores),
     }
     return facts, scores
 
 
-def write_scores(path: Path, scores: Scores, class_names: Sequence[str]) -> None:
-    """Writes one CSV row per video: id, label, prediction, correct, and every probability."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(["video_id", "label", "prediction", "correct", *class_names])
-    for entry, row in zip(scores.entries, scores.probabilities, strict=True):
-        best = int(row.argmax())
-        names = class_names[entry.label], class_names[best]
-        digits = [f"{p:.6f}" for p in row]
-        writer.writerow([entry.video_id, *names, int(best == entry.label), *digits])
-    prepare.write_aside(path, text.getvalue().encode())
+def _viewed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
+    """The settings with others of `eval`, or another seed, checked as a card's are."""
+    config = settings.config.as_configdict().copy_and_resolve_references()
+    for key, value in changes.items():
+        (config if key == "seed" else config.eval)[key] = value
+    return Settings.of(config)
 
 
 def write_samples(

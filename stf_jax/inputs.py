@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Float32, Int, UInt8, UInt32
 
-from stf_jax.augment import AugmentSettings, augment_clip
+from stf_jax.augment import AugmentSettings, augment_clip, mirror_flow
 from stf_jax.flow import ZERO_FLOW, TvL1Settings, colour_wheel
 from stf_jax.prepare import RecordSettings
 from stf_jax.tvl1 import tvl1_flow
@@ -121,14 +121,22 @@ def _flow_of_pairs(
 
 
 def network_input(
-    batch: Batch, settings: InputSettings, augment: AugmentSettings | None
+    batch: Batch,
+    settings: InputSettings,
+    augment: AugmentSettings | None,
+    window: Int[Array, "b 2"] | None = None,
+    *,
+    mirrored: bool = False,
 ) -> tuple[Float[Array, "b t h2 w2 3"], Float[Array, "b t h2 w2 c"]]:
     """Crops, augments and normalises both streams in the same way.
 
     Args:
       batch: stored clips; its per-sample seeds decide what is drawn.
       settings: see there.
-      augment: what training clips get; None for evaluation, which crops the centre.
+      augment: what training clips get; None for evaluation.
+      window: of evaluation, top and left of each clip's crop in halves of the room that it has;
+        None is the centre.
+      mirrored: of evaluation, whether clips are turned left to right, u negated.
 
     Returns:
       float32 colour and flow, spatially `crop_size` x `crop_size`.
@@ -144,7 +152,13 @@ def network_input(
         )
     rgb, flow = batch.rgb, rearrange(batch.flow, "b t c h w -> b t h w c")
     if augment is None:
-        rgb, flow = (_centre_crop(x, settings.crop_size) for x in (rgb, flow))
+        if window is None:
+            rgb, flow = (_centre_crop(x, settings.crop_size) for x in (rgb, flow))
+        else:
+            cut = jax.vmap(functools.partial(_crop_at, size=settings.crop_size))
+            rgb, flow = cut(rgb, window), cut(flow, window)
+        if mirrored:
+            rgb, flow = rgb[:, :, :, ::-1], jax.vmap(mirror_flow)(flow)
     else:
         one = functools.partial(augment_clip, settings=augment, crop_size=settings.crop_size)
         rgb, flow = jax.vmap(one)(rgb, flow, batch.seed)
@@ -202,6 +216,26 @@ def _grey_hue(u: Array, v: Array) -> Array:
 def _centre_crop(clip: Array, size: int) -> Array:
     top, left = ((side - size) // 2 for side in clip.shape[-3:-1])
     return clip[..., top : top + size, left : left + size, :]
+
+
+def _crop_at(clip: Array, window: Array, size: int) -> Array:
+    top, left = (jnp.array(clip.shape[1:3]) - size) * window // 2
+    return jax.lax.dynamic_slice(clip, (0, top, left, 0), (len(clip), size, size, clip.shape[-1]))
+
+
+def silenced(batch: Batch, stream: str) -> Batch:
+    """The batch with nothing to see for one stream: one even colour, or no motion.
+
+    The colour is the mean of ImageNet, which 'caffe' takes for zero.
+
+    Args:
+      batch: clips, their flow computed.
+      stream: 'rgb' or 'flow'.
+    """
+    if stream == "flow":
+        return batch._replace(flow=jnp.full_like(batch.flow, ZERO_FLOW))
+    colour = jnp.round(jnp.array(CAFFE_MEANS_BGR[::-1])).astype(jnp.uint8)
+    return batch._replace(rgb=jnp.broadcast_to(colour.reshape(1, 1, 1, 1, 3), batch.rgb.shape))
 
 
 def _normalise_rgb(rgb: Array, settings: InputSettings) -> Array:

@@ -377,7 +377,7 @@ def ucf_sports(root: Path, *, group_regex: str) -> Layout:
     for folder_name, (name, count) in UCF_SPORTS_FOLDERS.items():
         for number, video_id in by_folder[folder_name]:
             clips.append(
-                ClipEntry(video_id, names.index(name), _group_of(video_id, group_regex), "")
+                ClipEntry(video_id, names.index(name), group_of(video_id, group_regex), "")
             )
             tested = before[name] + number <= totals[name] // 3
             official[video_id] = "test" if tested else "train"
@@ -469,7 +469,7 @@ def folder(root: Path, *, group_regex: str) -> Layout:
             f"{len(companions)} files are no videos by their names and not used: {some(companions)}"
         )
     clips = [
-        ClipEntry(video_id, label, _group_of(video_id, group_regex), "")
+        ClipEntry(video_id, label, group_of(video_id, group_regex), "")
         for label, name in enumerate(names)
         for video_id in by_class[name]
     ]
@@ -507,7 +507,12 @@ def _class_files(root: Path) -> tuple[dict[str, list[str]], list[str], list[str]
     return found, empty, sorted(companions)
 
 
-def _group_of(video_id: str, group_regex: str) -> str:
+def group_of(video_id: str, group_regex: str) -> str:
+    """What `data.group_regex` finds in a video's name; with '' every video is its own source.
+
+    Raises:
+      ValueError: it finds nothing.
+    """
     if not group_regex:
         return video_id
     name = video_id.rpartition("/")[2]
@@ -550,7 +555,7 @@ def listed(root: Path, table: Path, *, group_regex: str) -> Layout:
         seen[video_id] = number
         if row.get("group") == "":
             raise ValueError(f"{where}: the group is empty; name one, or drop the column")
-        group = row["group"] if "group" in row else _group_of(video_id, group_regex)
+        group = row["group"] if "group" in row else group_of(video_id, group_regex)
         clips.append(ClipEntry(video_id, names.index(row["label"]), group, ""))
         if "subset" in row:
             if row["subset"] not in SUBSETS:

@@ -8,7 +8,6 @@ the preparation, which import this module, start quickly.
 """
 
 import contextlib
-import dataclasses
 import difflib
 import importlib.metadata
 import os
@@ -121,11 +120,12 @@ def _work(
     from stf_jax import hosts, progress
     from stf_jax.checkpoint import count_parameters
     from stf_jax.datasets import load_index
-    from stf_jax.evaluate import score_run, write_samples, write_scores
+    from stf_jax.evaluate import run_figures, score_run, write_samples
     from stf_jax.monitor import Profiler
     from stf_jax.progress import peak_memory_mb
     from stf_jax.records import open_records, prepare_records, record_folder
     from stf_jax.run import allowed_mismatches, scored_index, stamp_of, with_source, write_videos
+    from stf_jax.scores import write_scores
     from stf_jax.train import abstract_state, compile_ahead, train_stage
 
     startup.reached("imports")
@@ -173,7 +173,7 @@ def _work(
     seconds |= {stage["name"]: stage["seconds"] for stage in stages}
     seconds["evaluate"] = round(time.monotonic() - began, 1)
     results = {
-        **dataclasses.asdict(scores.figures()),
+        **run_figures(settings, index, scores),
         **{key: data[key] for key in ("protocol", "leaky", "excluded", "faults")},
         "overlap": index.overlap,
         "seen": index.seen,
@@ -292,7 +292,7 @@ def _headline(results: dict[str, Any]) -> str:
         f"test:{leak} top-1 {results['top1']:.2%} (95 % interval {low:.1%} to {high:.1%}), "
         f"top-5 {results['top5']:.2%}, mean class accuracy {results['mean_class_accuracy']:.2%}, "
         f"{results['num_videos']} videos ({len(results['excluded'])} excluded), "
-        f"{results['protocol']}"
+        f"{results['views']['summary']}, {results['protocol']}"
     )
 
 

@@ -92,10 +92,12 @@ class Sums:
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    """What an evaluation reports; accuracies from 0 to 1, at video level (one clip per video).
+    """What an evaluation reports; accuracies from 0 to 1.
 
-    `mean_class_accuracy` is over the classes that occur; `interval95` is Wilson's for `top1`;
-    `confusion[i][j]` counts videos of class i taken for class j (the paper's Table 3).
+    `mean_class_accuracy` is over the classes that occur; `interval95` is Wilson's for `top1`, as if
+    all rows were independent; `confusion[i][j]` counts rows of class i taken for class j (the
+    paper's Table 3). A row is a video, with the mean of its clips' probabilities, unless said
+    otherwise.
     """
 
     top1: float
@@ -153,3 +155,149 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
     spread = successes * (trials - successes) / trials + z * z / 4
     half = z * math.sqrt(spread) / (trials + z * z)
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassFigures:
+    """What an evaluation says of each class, in the order of the classes.
+
+    Attributes:
+      counts: rows of the class.
+      predicted: rows taken for it.
+      precision: share of those taken for it that are of it; None if none was taken for it.
+      recall: share of its rows that were taken for it; None if it has none.
+    """
+
+    counts: list[int]
+    predicted: list[int]
+    precision: list[float | None]
+    recall: list[float | None]
+
+
+def per_class(confusion: Sequence[Sequence[int]]) -> ClassFigures:
+    """Reads the figures of each class from a confusion matrix, rows the true classes."""
+    matrix = np.asarray(confusion)
+    counts, predicted = matrix.sum(axis=1).tolist(), matrix.sum(axis=0).tolist()
+    right = matrix.diagonal().tolist()
+
+    def shares(totals: list[int]) -> list[float | None]:
+        return [r / total if total else None for r, total in zip(right, totals, strict=True)]
+
+    return ClassFigures(counts, predicted, shares(predicted), shares(counts))
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationBin:
+    """Rows whose highest probability lies in (low, high]; means are None where there are none.
+
+    Attributes:
+      low: lower bound.
+      high: upper bound.
+      count: rows.
+      confidence: mean of their highest probabilities.
+      accuracy: share of them that are right.
+    """
+
+    low: float
+    high: float
+    count: int
+    confidence: float | None
+    accuracy: float | None
+
+
+def calibration(
+    probabilities: np.ndarray, labels: np.ndarray, bins: int
+) -> tuple[float, list[CalibrationBin]]:
+    """The expected calibration error and the curve behind it.
+
+    The mean of |accuracy - confidence| over bins of equal width, weighted by their rows.
+
+    Args:
+      probabilities: float `n k`, n at least 1.
+      labels: int `n`.
+      bins: how many.
+
+    Source: Guo et al., On calibration of modern neural networks (ICML 2017), section 2.
+    """
+    confidence = probabilities.max(axis=1).astype(np.float64)
+    right = probabilities.argmax(axis=1) == labels
+    edges = np.arange(bins + 1) / bins
+    # Upper bounds belong to their bins.
+    place = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
+    curve, error = [], 0.0
+    for number in range(bins):
+        inside = place == number
+        count = int(inside.sum())
+        sure, accurate = None, None
+        if count:
+            sure, accurate = float(confidence[inside].mean()), float(right[inside].mean())
+            error += count / len(labels) * abs(accurate - sure)
+        low, high = float(edges[number]), float(edges[number + 1])
+        curve.append(CalibrationBin(low, high, count, sure, accurate))
+    return error, curve
+
+
+@dataclasses.dataclass(frozen=True)
+class Resampled:
+    """95 % intervals from resampling; None where fewer than two sources leave nothing to draw.
+
+    Attributes:
+      top1: of the accuracy.
+      mean_class_accuracy: of its mean over the classes.
+      recall: of each class.
+    """
+
+    top1: tuple[float, float] | None
+    mean_class_accuracy: tuple[float, float] | None
+    recall: list[tuple[float, float] | None]
+
+
+def bootstrap(
+    right: np.ndarray,
+    labels: np.ndarray,
+    sources: np.ndarray,
+    num_classes: int,
+    *,
+    seed: int,
+    draws: int = 2000,
+) -> Resampled:
+    """Draws whole sources anew, with replacement, and takes the middle 95 % of the figures.
+
+    Rows of one source, the clips of a video or videos cut from one film, are alike: they come and
+    go together. A class that a draw has lost does not count in that draw's mean.
+
+    Args:
+      right: bool `n`, whether each row was classified rightly.
+      labels: int `n`, its class.
+      sources: int `n`, its source, from 0 without gaps.
+      num_classes: classes.
+      seed: of the draws.
+      draws: how many.
+
+    Returns:
+      See `Resampled`.
+    """
+    count = int(sources.max()) + 1
+    rows, hits = np.zeros((count, num_classes)), np.zeros((count, num_classes))
+    np.add.at(rows, (sources, labels), 1)
+    np.add.at(hits, (sources, labels), right)
+    chance = np.random.default_rng(seed)
+    recall, top1 = np.empty((draws, num_classes)), np.empty(draws)
+    for start in range(0, draws, 100):  # a part at a time: many sources make a large table
+        part = slice(start, min(start + 100, draws))
+        times = chance.multinomial(count, np.full(count, 1 / count), part.stop - start)
+        total, good = times @ rows, times @ hits
+        recall[part] = np.where(total > 0, good / np.maximum(total, 1), np.nan)
+        top1[part] = good.sum(axis=1) / total.sum(axis=1)
+    known = (rows > 0).sum(axis=0)
+    several = count > 1
+    return Resampled(
+        top1=_middle(top1) if several else None,
+        mean_class_accuracy=_middle(np.nanmean(recall, axis=1)) if several else None,
+        recall=[_middle(recall[:, k]) if known[k] > 1 else None for k in range(num_classes)],
+    )
+
+
+def _middle(drawn: np.ndarray) -> tuple[float, float]:
+    low, high = np.nanpercentile(drawn, (2.5, 97.5)).tolist()
+    return low, high

@@ -11,7 +11,7 @@ import functools
 import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from stf_jax.index import ClipEntry
 from stf_jax.inputs import Batch
 from stf_jax.prepare import RecordSettings, flow_between
 from stf_jax.records import Records
+from stf_jax.views import ClipPlan
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -99,7 +100,11 @@ class SamplingSettings:
 
 
 def clip_indices(
-    video_frames: tf.Tensor, settings: SamplingSettings, seed: tf.Tensor | None
+    video_frames: tf.Tensor,
+    settings: SamplingSettings,
+    seed: tf.Tensor | None,
+    clip: tf.Tensor | int = 0,
+    num_clips: int = 1,
 ) -> tf.Tensor:
     """The frames of a clip: drawn at random in training, always the same ones in evaluation.
 
@@ -111,6 +116,8 @@ def clip_indices(
       video_frames: int32 scalar N, decoded frames of the video, at least 1.
       settings: see there.
       seed: int32 `2`; None for evaluation.
+      clip: which of the evaluation's clips, from 0.
+      num_clips: how many of them there are.
 
     Returns:
       int32 `num_frames`; past the end of a shorter video they run on (see `frame_indices`).
@@ -124,7 +131,7 @@ def clip_indices(
         margin = tf.where(whole, settings.flow_frames // 2, 0)
     inner = video_frames - 2 * margin
     if seed is None:
-        return margin + evaluation_indices(inner, settings)
+        return margin + evaluation_indices(inner, settings, clip, num_clips)
     return margin + training_indices(inner, settings, seed)
 
 
@@ -189,16 +196,28 @@ def _gaps(video_frames: tf.Tensor, settings: SamplingSettings, seed: tf.Tensor) 
     return tf.broadcast_to(drawn, [count])
 
 
-def evaluation_indices(video_frames: tf.Tensor, settings: SamplingSettings) -> tf.Tensor:
-    """Spreads the clip over the video at the interval N/T (SPEC 1.8).
+def evaluation_indices(
+    video_frames: tf.Tensor,
+    settings: SamplingSettings,
+    clip: tf.Tensor | int = 0,
+    num_clips: int = 1,
+) -> tf.Tensor:
+    """Spreads clips over the video at the interval N/T (SPEC 1.8).
 
     By `settings.eval`, frame k is 'frac': floor(k N / T), which covers the whole video; 'int':
     k floor(N / T), which leaves out up to half of it at the end; 'int_centred': the same with as
     much left out before as behind, the odd frame behind.
 
+    Several clips keep the interval and start one after the other: 'frac' deals m T frames,
+    floor(k N / (m T)), out to m clips in turn; the starts of 'int' are spread evenly from the
+    first frame on over what the interval leaves out, those of 'int_centred' about its middle. In a
+    video that leaves little or nothing out several of these clips are the same.
+
     Args:
       video_frames: int32 scalar N.
       settings: see there.
+      clip: which of the clips, from 0.
+      num_clips: how many there are (m).
 
     Returns:
       int32 `num_frames`; a video with fewer frames than that is read frame by frame and runs on.
@@ -207,12 +226,13 @@ def evaluation_indices(video_frames: tf.Tensor, settings: SamplingSettings) -> t
     """
     k = tf.range(settings.num_frames)
     interval = video_frames // settings.num_frames
+    room = video_frames - 1 - (settings.num_frames - 1) * interval
     if settings.eval == "frac":
-        spread = (k * video_frames) // settings.num_frames
+        spread = ((k * num_clips + clip) * video_frames) // (settings.num_frames * num_clips)
     elif settings.eval == "int":
-        spread = k * interval
+        spread = k * interval + clip * (room + 1) // num_clips
     else:
-        spread = k * interval + (video_frames - 1 - (settings.num_frames - 1) * interval) // 2
+        spread = k * interval + (2 * clip + 1) * room // (2 * num_clips)
     return tf.where(video_frames < settings.num_frames, k, spread)
 
 
@@ -257,6 +277,7 @@ def decode_clip(
     settings: SamplingSettings,
     stored: RecordSettings,
     seed: tf.Tensor | None = None,
+    along: tf.Tensor | int = 1,
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Decodes just the frames and fields that a clip needs.
 
@@ -269,7 +290,8 @@ def decode_clip(
       wanted: int32 `t` from a sampler.
       settings: see there.
       stored: how the frames and fields were made.
-      seed: int32 `2`, of where the square lies; None takes it from the centre.
+      seed: int32 `2`, of where the square lies; None takes it from `along`.
+      along: place of the square in halves of the room that it has: 0, 1 (the centre) or 2.
 
     Returns:
       uint8 `t h w 3` and uint8 `t 2L h w`: u, v of the first field, then of the next; or, where
@@ -277,7 +299,7 @@ def decode_clip(
     """
     total, size = tf.size(frames), stored.size
     shown = frame_indices(wanted, total)
-    corner = _corner(frames[0], size, seed) if stored.resize == "short_side" else None
+    corner = _corner(frames[0], size, seed, along) if stored.resize == "short_side" else None
     rgb = tf.map_fn(
         lambda data: _cut(_jpeg(data, 3)[None], corner, size)[0],
         tf.gather(frames, shown),
@@ -299,11 +321,13 @@ def decode_clip(
     return rgb, tf.reshape(stacks, [count, 2 * settings.flow_frames, size, size])
 
 
-def _corner(frame: tf.Tensor, size: int, seed: tf.Tensor | None) -> tf.Tensor:
-    """Top and left of the square that is cut from a video, int32 `2`: central, or anywhere."""
+def _corner(
+    frame: tf.Tensor, size: int, seed: tf.Tensor | None, along: tf.Tensor | int
+) -> tf.Tensor:
+    """Top and left of the square that is cut from a video, int32 `2`: at `along`, or anywhere."""
     room = tf.io.extract_jpeg_shape(frame)[:2] - size
     if seed is None:
-        return room // 2
+        return room * along // 2
     # Only one of the sides has room; squashed frames have none.
     most = tf.reduce_max(room) + 1
     drawn = tf.random.stateless_uniform([], tf.random.fold_in(seed, 3), 0, most, tf.int32)
@@ -450,7 +474,6 @@ def batches(
     start_step: int = 0,
     stop_step: int | None = None,
     part: tuple[int, int] = (0, 1),
-    draw: bool | None = None,
 ) -> Iterator[Batch]:
     """Streams batches from step `start_step` on.
 
@@ -471,7 +494,6 @@ def batches(
       stop_step: first step not to yield; None means the end of the first epoch.
       part: (i, n) reads the i-th n-th of every batch's rows: what one of n processes needs. Parts
         0 to n - 1, one after the other, are the batch.
-      draw: whether clips are drawn at random from their videos; None means in training only.
 
     Yields:
       Batches of numpy arrays, deterministic given the arguments.
@@ -479,41 +501,121 @@ def batches(
     Raises:
       ValueError: a batch cannot be divided like that (names both).
     """
+    number, rows = _rows_of(part, batch_size)
+    per_epoch = steps_per_epoch(len(entries), batch_size)
+    stop_step = per_epoch if stop_step is None else stop_step
+
+    def plan(slot: np.int64) -> _Planned | None:
+        step, row = divmod(int(slot), rows)
+        epoch, step = divmod(step, per_epoch)
+        rank = step * batch_size + number * rows + row
+        if rank >= len(entries):
+            return None
+        entry = int(epoch_order(len(entries), seed, epoch)[rank]) if train else rank
+        return _Planned(entry, entry, sample_seed(seed, epoch, entries[entry].video_id))
+
+    slots = range(start_step * rows, stop_step * rows)
+    return _stream(records, entries, settings, plan, slots, rows, train, random_crop)
+
+
+def planned_batches(
+    records: Records,
+    entries: Sequence[ClipEntry],
+    settings: SamplingSettings,
+    plan: ClipPlan,
+    *,
+    batch_size: int,
+    seed: int = 0,
+    part: tuple[int, int] = (0, 1),
+) -> Iterator[Batch]:
+    """Streams the clips of a plan, each exactly once and in its order.
+
+    Args:
+      records: the prepared set that holds the videos.
+      entries: the usable videos that the plan is about.
+      settings: how to sample.
+      plan: the clips. Drawn ones depend on the seed, their video and their number only.
+      batch_size: rows per batch; the last one is filled up with masked rows.
+      seed: of what is drawn.
+      part: as in `batches`.
+
+    Yields:
+      Batches of numpy arrays, whose `entry` is the position of the clip in the plan.
+
+    Raises:
+      ValueError: a batch cannot be divided like that (names both).
+    """
+    number, rows = _rows_of(part, batch_size)
+
+    def planned(slot: np.int64) -> _Planned | None:
+        step, row = divmod(int(slot), rows)
+        place = step * batch_size + number * rows + row
+        if place >= len(plan):
+            return None
+        entry, clip = int(plan.entry[place]), int(plan.clip[place])
+        random = sample_seed(seed, clip, entries[entry].video_id)
+        return _Planned(place, entry, random, clip, int(plan.along[place]))
+
+    slots = range(steps_per_epoch(len(plan), batch_size) * rows)
+    return _stream(
+        records, entries, settings, planned, slots, rows, plan.random, num_clips=plan.num_clips
+    )
+
+
+def _rows_of(part: tuple[int, int], batch_size: int) -> tuple[int, int]:
+    """Number of a part of a batch, and its rows."""
     number, parts = part
     if batch_size % parts or not 0 <= number < parts:
         raise ValueError(
             f"part {number} of {parts} of a batch: batch_size is {batch_size}, allowed: multiples "
             f"of {parts}, and parts 0 to {parts - 1}"
         )
-    draw = train if draw is None else draw
-    rows = batch_size // parts
-    per_epoch = steps_per_epoch(len(entries), batch_size)
-    stop_step = per_epoch if stop_step is None else stop_step
+    return number, batch_size // parts
+
+
+class _Planned(NamedTuple):
+    """A clip to read: its number in the batch, its video, its randomness and its place."""
+
+    number: int
+    entry: int
+    random: np.ndarray
+    clip: int = 0
+    along: int = 1
+
+
+def _stream(
+    records: Records,
+    entries: Sequence[ClipEntry],
+    settings: SamplingSettings,
+    plan: Callable[[np.int64], _Planned | None],
+    slots: range,
+    rows: int,
+    draw: bool,
+    random_crop: bool = False,
+    num_clips: int = 1,
+) -> Iterator[Batch]:
+    """Reads the clips of some slots, `rows` a batch; a slot without a clip becomes a masked row."""
     positions = [records.rows[entry.video_id].record for entry in entries]
     labels = np.array([entry.label for entry in entries], np.int32)
 
-    def plan(slot: np.int64) -> tuple[bytes, np.int32, np.ndarray]:
-        step, row = divmod(int(slot), rows)
-        epoch, step = divmod(step, per_epoch)
-        rank = step * batch_size + number * rows + row
-        if rank >= len(entries):  # a masked row: any video will do
-            return records.read(positions[0]), np.int32(-1), np.zeros(2, np.uint32)
-        entry = int(epoch_order(len(entries), seed, epoch)[rank]) if train else rank
-        return (
-            records.read(positions[entry]),
-            np.int32(entry),
-            sample_seed(seed, epoch, entries[entry].video_id),
-        )
+    def fetch(slot: np.int64) -> tuple[bytes, np.ndarray, np.ndarray]:
+        planned = plan(slot)
+        if planned is None:  # a masked row: any video will do
+            numbers, random = (-1, 0, 0, 1), np.zeros(2, np.uint32)
+        else:
+            numbers = (planned.number, planned.entry, planned.clip, planned.along)
+            random = planned.random
+        return records.read(positions[numbers[1]]), np.array(numbers, np.int32), random
 
     @tf.autograph.experimental.do_not_convert  # nothing in it needs converting
     def load(slot: tf.Tensor) -> tuple[tf.Tensor, ...]:
         kinds = (tf.string, tf.int32, tf.uint32)
-        serialised, entry, random = tf.numpy_function(plan, [slot], kinds)
+        serialised, numbers, random = tf.numpy_function(fetch, [slot], kinds)
         example = records.parse(tf.ensure_shape(serialised, []))
-        entry, random = tf.ensure_shape(entry, []), tf.ensure_shape(random, [2])
-        total = tf.size(example["frames"])
+        number, entry, clip, along = tf.unstack(tf.ensure_shape(numbers, [4]))
+        random = tf.ensure_shape(random, [2])
         chance = tf.bitcast(random, tf.int32) if draw else None
-        wanted = clip_indices(total, settings, chance)
+        wanted = clip_indices(tf.size(example["frames"]), settings, chance, clip, num_clips)
         rgb, flow = decode_clip(
             example["frames"],
             example["flow"],
@@ -521,12 +623,13 @@ def batches(
             settings,
             records.settings,
             chance if random_crop else None,
+            along,
         )
-        return rgb, flow, tf.gather(labels, tf.maximum(entry, 0)), entry >= 0, entry, random
+        return rgb, flow, tf.gather(labels, entry), number >= 0, number, random
 
     cores = os.cpu_count() or 1
     stream = (
-        tf.data.Dataset.range(start_step * rows, stop_step * rows)
+        tf.data.Dataset.range(slots.start, slots.stop)
         .map(load, num_parallel_calls=cores, deterministic=True)
         .batch(rows, drop_remainder=True)
         .prefetch(2)

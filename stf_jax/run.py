@@ -1,5 +1,6 @@
 """A run on disk: its folder, its configuration, its data and its trained network."""
 
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -26,6 +27,7 @@ from stf_jax.pipeline import SamplingSettings
 from stf_jax.prepare import RecordSettings
 from stf_jax.records import Records
 from stf_jax.transfer import TransferSettings, Weights
+from stf_jax.views import EvalSettings
 
 # Settings that say where things are or how fast they go, never what comes out: a run may be
 # continued with others.
@@ -59,6 +61,7 @@ class Settings:
     optimizer: OptimizerSettings
     stages: Mapping[str, StageSettings]
     transfer: TransferSettings
+    eval: EvalSettings
 
     @classmethod
     def of(cls, config: ml_collections.ConfigDict) -> "Settings":
@@ -71,8 +74,6 @@ class Settings:
                 f"{tuple(config.stages)} once; they differ in {sorted(unknown)}"
             )
         allowed_mismatches(config.allow_mismatch)
-        if config.eval.repeats < 1:
-            raise ValueError(f"eval.repeats must be at least 1, got {config.eval.repeats}")
         if config.log_every_steps < 1:
             raise ValueError(f"log_every_steps must be at least 1, got {config.log_every_steps}")
         build_model(config.model, num_classes=2)
@@ -88,6 +89,8 @@ class Settings:
             )
         sampling, inputs = SamplingSettings(**config.sampling), InputSettings(**config.inputs)
         inputs.channels(sampling.flow_frames)
+        views = EvalSettings(**config.eval)
+        views.check_room(config.records.size, config.records.resize, config.inputs.crop_size)
         augment = AugmentSettings(**config.augment)
         if augment.mixup and config.batch_size < 2:
             raise ValueError(
@@ -103,6 +106,7 @@ class Settings:
             optimizer=OptimizerSettings(**config.optimizer),
             stages={name: StageSettings(**config.stages[name]) for name in config.stage_order},
             transfer=TransferSettings(**config.transfer),
+            eval=views,
         )
 
     @property
@@ -323,15 +327,56 @@ def best_params(
       FileNotFoundError: there are none.
       ValueError: they were trained for something else.
     """
-    checkpoints = run.best(stage)
-    try:
-        like = settings.abstract_params(len(stamp["classes"]))
-        _, params, record = checkpoints.restore(like)
-    finally:
-        checkpoints.close()
-    where = run.workdir / "stages" / stage / "best"
-    check_stamp(record["stamp"] if "stamp" in record else {}, stamp, where, allow)
-    return params
+    return stage_params(run, settings, stage, "best", stamp, allow)
+
+
+def stage_params(
+    run: Run,
+    settings: Settings,
+    stage: str,
+    checkpoint: str,
+    stamp: Mapping[str, Any],
+    allow: Collection[str],
+) -> Params:
+    """Weights of a stage, if they were trained for what the stamp says.
+
+    Args:
+      run: the run.
+      settings: its settings.
+      stage: one of its stages.
+      checkpoint: 'best'; 'last', where the stage stands; or the number of a step that is stored.
+        With `optimizer.ema` they are the averaged ones.
+      stamp: what they must have been trained with.
+      allow: in what they may differ from it.
+
+    Raises:
+      FileNotFoundError: there are none.
+      ValueError: there is no such stage, or they were trained for something else.
+    """
+    if stage not in settings.stages:
+        raise ValueError(f"stage: got {stage!r}, one of {', '.join(settings.stages)}")
+    if checkpoint not in ("best", "last") and not checkpoint.isdecimal():
+        raise ValueError(f"checkpoint: got {checkpoint!r}, 'best', 'last' or the number of a step")
+    step = int(checkpoint) if checkpoint.isdecimal() else None
+    like = settings.abstract_params(len(stamp["classes"]))
+    kinds = [checkpoint] if step is None else ["best", "last"]
+    stored: list[int] = []
+    for kind in kinds:
+        with contextlib.closing(getattr(run, kind)(stage)) as checkpoints:
+            stored += checkpoints.steps()
+            if step is not None and step not in stored:
+                continue
+            # The last ones hold all that training goes on from.
+            part = "average" if settings.optimizer.ema else "params"
+            part = part if kind == "last" else ""
+            _, params, record = checkpoints.restore(like, step=step, part=part)
+        told = record["stamp"] if "stamp" in record else {}
+        check_stamp(told, stamp, run.workdir / "stages" / stage / kind, allow)
+        return params
+    raise FileNotFoundError(
+        f"{run.workdir}: stage '{stage}' holds no step {step}, but "
+        f"{', '.join(map(str, sorted({*stored}))) or 'none at all'}"
+    )
 
 
 def source_weights(settings: Settings, stamp: Mapping[str, Any]) -> Weights | None:

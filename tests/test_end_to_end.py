@@ -206,6 +206,41 @@ def test_evaluation_repeats_the_results_to_the_last_digit_also_where_a_run_was_m
     assert (place / "again.csv").read_bytes() == (place / "killed" / "scores.csv").read_bytes()
 
 
+def test_many_views_are_scored_and_drawn(place, killed):
+    out = place / "views"
+    command = [
+        sys.executable, "experiments/evaluate.py", f"--workdir={place}/killed",
+        "--views=2x3xflip", "--stage=first", "--checkpoint=last", "--streams", f"--out={out}",
+    ]  # fmt: skip
+    figures = json.loads(_finish(command))
+    assert (figures["stage"], figures["checkpoint"]) == ("first", "last")
+    views = {"num_clips": 2, "num_crops": 3, "flip": True, "repeats": 1, "min_per_class": 0}
+    assert views.items() <= figures["views"].items()
+    videos = figures["num_videos"]
+    assert figures["clip_level"]["num_clips"] == 2 * videos
+    assert set(figures["streams"]) == {"without_flow", "without_rgb"}
+    assert json.loads((out / "figures.json").read_text()) == figures
+    with open(out / "clips.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 12 * videos
+    of_first = [row for row in rows if row["video_id"] == rows[0]["video_id"]]
+    with open(out / "scores.csv", newline="", encoding="utf-8") as file:
+        first = next(csv.DictReader(file))
+    for name in figures["class_names"]:
+        mean = sum(float(row[name]) for row in of_first) / 12
+        assert float(first[name]) == pytest.approx(mean, abs=2e-6)
+    assert (out / "reliability_clips.png").stat().st_size > 1000
+    wrong = subprocess.run(
+        [*command, "--views=2y3"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert wrong.returncode == 1 and "--views=2y3: expected CLIPS" in wrong.stdout + wrong.stderr
+
+
 def test_prediction_agrees_with_the_scores_and_names_bad_files(place, killed):
     with open(place / "killed" / "scores.csv", newline="", encoding="utf-8") as file:
         row = next(csv.DictReader(file))

@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+import math
 from collections import Counter
 from types import SimpleNamespace
 
@@ -665,3 +666,32 @@ def test_online_flow_is_the_stored_flow_but_for_the_jpegs(tmp_path, make_video):
 def test_online_flow_is_computed_at_the_stored_size(tmp_path):
     with pytest.raises(ValueError, match="flow_size must be size, 32, got 64"):
         dataclasses.replace(_small_settings(tmp_path), flow_source="online", flow_size=64)
+
+
+@pytest.mark.parametrize("total", [5, 8, 9, 23, 60])
+@pytest.mark.parametrize("how", ["frac", "int", "int_centred"])
+def test_several_clips_are_spread_evenly(how, total):
+    """Against loops in Python: interval N/T, starts one after the other (SPEC 1.8)."""
+    settings = dataclasses.replace(PAPER, num_frames=8, eval=how)
+    for count in (1, 3, 10):
+        for clip in range(count):
+            drawn = clip_indices(tf.constant(total), settings, None, tf.constant(clip), count)
+            if total < 8:
+                assert drawn.numpy().tolist() == list(range(8))
+                continue
+            step = total // 8
+            left_out = total - 1 - 7 * step
+            expected = {
+                "frac": [math.floor(total / 8 * (k + clip / count) + 1e-9) for k in range(8)],
+                "int": [k * step + math.floor(clip * (left_out + 1) / count) for k in range(8)],
+                "int_centred": [
+                    k * step + math.floor(left_out * (2 * clip + 1) / (2 * count) + 1e-9)
+                    for k in range(8)
+                ],
+            }[how]
+            assert drawn.numpy().tolist() == expected
+            assert max(expected) < total
+    if total >= 8:  # one clip of one is that of evaluation, as it always was
+        one = clip_indices(tf.constant(total), settings, None)
+        same = clip_indices(tf.constant(total), settings, None, tf.constant(0), 1)
+        assert one.numpy().tolist() == same.numpy().tolist()

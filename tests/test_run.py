@@ -9,7 +9,7 @@ import pytest
 
 from stf_jax import main, train
 from stf_jax.datasets import load_index
-from stf_jax.evaluate import score_again
+from stf_jax.evaluate import evaluate_subset, score_again
 from stf_jax.optim import by_path
 from stf_jax.predict import Predictor
 from stf_jax.records import prepare_records
@@ -25,13 +25,45 @@ from stf_jax.run import (
     with_source,
     write_videos,
 )
-from stf_jax.train import train_stage
+from stf_jax.train import abstract_state, train_stage
 
 
 def _experiment(config, workdir: Path) -> Run:
     config.stages.first.max_epochs = config.stages.second.max_epochs = 1
     main.run_experiment(config, workdir, "configs/folder.py", {})
     return Run(workdir)
+
+
+def _check_which_weights(run: Run, own) -> None:
+    """Any stage and checkpoint of a run can be scored, each with its own weights."""
+
+    def top(**told):
+        facts, scores = score_again(run, subset="test", changes={}, allow=(), **told)
+        assert {**told}.items() <= facts.items()
+        return scores.probabilities
+
+    settings = run.settings()
+    first, last = run.best("first"), run.last("first")
+    index = load_index(settings.config.data)
+    records = prepare_records(index, settings.records)
+    step, params, _ = first.restore(settings.abstract_params(2))
+    by_hand = evaluate_subset(settings, params, index, records, "test").probabilities
+    np.testing.assert_array_equal(top(stage="first"), by_hand)
+    np.testing.assert_array_equal(top(stage="first", checkpoint=str(step)), by_hand)
+    number, state, _ = last.restore(abstract_state(settings, 2, "first"))
+    by_hand = evaluate_subset(settings, state.params, index, records, "test").probabilities
+    np.testing.assert_array_equal(top(stage="first", checkpoint="last"), by_hand)
+    older = [stored for stored in last.steps() if stored not in (step, number)]
+    found = top(stage="first", checkpoint=str(older[0]))
+    assert np.abs(found - by_hand).max() > 0
+    for told, said in (
+        ({"stage": "third"}, "stage: got 'third', one of first, second"),
+        ({"checkpoint": "latest"}, "checkpoint: got 'latest', 'best', 'last' or"),
+        ({"stage": "first", "checkpoint": "999"}, f"'first' holds no step 999, but .*{step}"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=said):
+            top(**told)
+    assert own["stage"] == "second" and own["checkpoint"] == "best"
 
 
 def test_a_run_is_scored_on_new_videos_only(tiny_config, tmp_path):
@@ -44,6 +76,8 @@ def test_a_run_is_scored_on_new_videos_only(tiny_config, tmp_path):
     own, _ = score_again(run, subset="test", changes={}, allow=())
     for key in ("top1", "loss", "confusion", "protocol", "leaky", "overlap", "seen"):
         assert own[key] == results[key], key
+
+    _check_which_weights(run, own)
 
     # Its own training videos, another fold of its protocol, and another protocol.
     for subset, changes in (
