@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 WALK = (
     "host progress archives index protocols layouts demo video flow tvl1 datasets prepare records "
     "augment inputs pipeline convolution vgg streams fusion recurrent model metrics optim parallel "
-    "checkpoint transfer run evaluate train cost predict report main"
+    "checkpoint transfer run evaluate train cost predict explain report main"
 ).split()
 MODULES = {path.stem: path for path in (ROOT / "stf_jax").glob("*.py") if path.stem != "__init__"}
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
