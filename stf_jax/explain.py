@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -143,13 +144,14 @@ def _explained(
 def _pyramid(network: ActionNetwork, params: Params, maps: dict[str, Array]) -> Array:
     # JAX hands dicts on in the order of their keys.
     ordered = [maps[name] for name in STREAMS if name in maps]
-    fused = network.fusion.apply({"params": params["fusion"]}, *ordered)
+    fused: Any = network.fusion.apply({"params": params["fusion"]}, *ordered)
     return segment_vectors(fused, network.tpn)
 
 
 def _classified(network: ActionNetwork, params: Params, pyramid: Array) -> tuple[Array, Array]:
-    states = network.recurrent.apply({"params": params["recurrent"]}, pyramid)
-    return network.head.apply({"params": params["head"]}, states)
+    states: Any = network.recurrent.apply({"params": params["recurrent"]}, pyramid)
+    classified: Any = network.head.apply({"params": params["head"]}, states)
+    return classified
 
 
 def _heat(features: Array, slope: Array, size: int) -> Float[Array, "t size size"]:
@@ -181,7 +183,8 @@ def draw(
     rows = _strips(explained, batch, stored)
     count = len(explained.heat)
     figure = Figure(figsize=(12, 1.75 * count + 3.2), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1.75 * count, 3.0))
+    halves: Any = figure.subfigures(2, 1, height_ratios=(1.75 * count, 3.0))
+    top, bottom = halves
     probability = explained.probabilities[explained.label]
     figure.suptitle(f"why '{names[explained.label]}' ({probability:.1%})", fontsize=13)
     shown = np.linspace(0, batch.rgb.shape[1] - 1, min(_SHOWN, batch.rgb.shape[1])).round()
