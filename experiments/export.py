@@ -15,7 +15,7 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
-from stf_jax import host
+from stf_jax import host, startup
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
 _OUT = flags.DEFINE_string("out", None, "Folder to write to.", required=True)
@@ -65,4 +65,5 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     host.use_huge_pages()
+    startup.keep_programs()
     app.run(main)

@@ -31,6 +31,9 @@ else:
 # The keys of what an exported file says about itself: JSON, but for the last.
 FILE_FACTS = ("config", "data", "signature", "card")
 
+# The keys of what an exported file says about itself: JSON, but for the last.
+FILE_FACTS = ("config", "data", "signature", "card")
+
 
 def clip_of(
     frames: tuple[bytes, ...],
