@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jax import lax
+from jax import export, lax
 from jaxtyping import Array, Float
 
 # Winograd's tiles have this many outputs along each axis. Larger ones multiply less but lose
@@ -80,9 +80,19 @@ def convolve(
     taps = kernel.shape[:-2]
     places = math.prod(_TILE + size - 1 for size in taps if size > 1)
     exact = jnp.finfo(x.dtype).bits >= 32
-    if stride > 1 or any(size % 2 == 0 for size in taps) or places > _MAX_PLACES or not exact:
+    odd = all(size % 2 for size in taps)
+    if stride > 1 or not odd or places > _MAX_PLACES or not exact or is_open(x):
         return plain(x, kernel, stride=stride) + _everywhere(bias)
     return _convolve(x, kernel, bias)
+
+
+def is_open(x: jax.Array) -> bool:
+    """Whether the number of clips is left open, as in an export for batches of any size.
+
+    What suits a CPU best is chosen by size, so such a program has none of it: it is a sequence of
+    single operations, for whoever runs it to choose algorithms for.
+    """
+    return export.is_symbolic_dim(x.shape[0])
 
 
 def _everywhere(bias: jax.Array) -> jax.Array:

@@ -19,7 +19,7 @@ import socket
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, TimeoutError, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -205,18 +205,39 @@ def encode_video(path: Path, settings: RecordSettings) -> EncodedVideo:
     Raises:
       VideoFault: the file is not a video that can be used.
     """
-    stored = motion = (0, 0)
     reader = VideoReader(path, settings.limits())
+    frames, fields = encode_frames(reader, settings, path)
+    times = np.rint(1e6 * reader.timestamps).astype(np.int64)
+    return EncodedVideo(frames, fields, tuple(times.tolist()), reader.info)
+
+
+def encode_frames(
+    source: Iterable[np.ndarray], settings: RecordSettings, name: str | os.PathLike[str]
+) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
+    """Encodes decoded frames and their flow as an `EncodedVideo` holds them.
+
+    Args:
+      source: RGB, uint8 `h w 3`, all of one shape.
+      settings: how.
+      name: where they are from, for the message.
+
+    Returns:
+      The frames and the fields.
+
+    Raises:
+      VideoFault: they cannot be stored, or `source` raises it.
+    """
+    stored = motion = (0, 0)
     frames: list[bytes] = []
     fields: list[bytes] = []
     greys: list[np.ndarray] = []  # whose fields are still to be computed
-    for frame in reader:
+    for frame in source:
         if not frames:  # The first frame speaks for all: a video has one shape.
             stored = _sides(frame, settings.size, settings.resize)
             motion = _sides(frame, settings.flow_size, settings.resize)
             if max(2 * stored[0], stored[1]) > _JPEG_LIMIT:
                 reason = f"too long and narrow: {frame.shape[1]}x{frame.shape[0]} px"
-                raise VideoFault(path, reason, "records.resize='squash' can store it.")
+                raise VideoFault(name, reason, "records.resize='squash' can store it.")
         picture = _resize(frame, stored)
         # Turned to OpenCV's order by OpenCV: it would copy a view of reversed channels pixelwise.
         frames.append(_jpeg(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), settings.jpeg_quality))
@@ -228,8 +249,7 @@ def encode_video(path: Path, settings: RecordSettings) -> EncodedVideo:
             del greys[:-1]
     if len(greys) > 1:
         fields += _encoded_fields(greys, stored, settings)
-    times = np.rint(1e6 * reader.timestamps).astype(np.int64)
-    return EncodedVideo(tuple(frames), tuple(fields), tuple(times.tolist()), reader.info)
+    return tuple(frames), tuple(fields)
 
 
 def flow_between(

@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from stf_jax.convolution import convolve
+from stf_jax.convolution import convolve, is_open
 
 KERAS_FILE = "vgg16_weights_tf_dim_ordering_tf_kernels_notop.h5"
 KERAS_MD5 = "6d6bbae143d832006294945121d1f1fc"
@@ -90,7 +90,7 @@ def _max_pool_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     again, a rounding apart, and then the gradient is lost; besides, an index takes a sixteenth of
     the memory.
     """
-    if x.nbytes < _LARGE:
+    if is_open(x) or x.nbytes < _LARGE:
         return _largest_of_cells(x)
 
     def frame_by_frame(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -290,6 +290,8 @@ def vgg_blocks(
             )
     if last not in layers:
         raise ValueError(f"VGG-16 has no convolution {last!r}: block1_conv1 to block5_conv3")
+    if is_open(x):
+        return _through(layers, x)
     frames, largest = x.shape[1], math.prod(x.shape[:-1]) * width * x.dtype.itemsize
     fitting = (n for n in range(1, frames + 1) if frames % n == 0 and largest <= n * _FRAMES)
     pieces = next(fitting, frames)

@@ -17,7 +17,8 @@ ROOT = Path(__file__).parent.parent
 WALK = (
     "host progress startup archives index protocols layouts demo video flow tvl1 datasets "
     "prepare shards records augment inputs pipeline convolution vgg streams fusion recurrent model "
-    "metrics optim parallel checkpoint transfer run evaluate train cost predict report main"
+    "metrics optim parallel checkpoint transfer run evaluate train cost predict onnx_graph export "
+    "report main"
 ).split()
 MODULES = {path.stem: path for path in (ROOT / "stf_jax").glob("*.py") if path.stem != "__init__"}
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -47,7 +48,10 @@ def test_modules_import_only_what_comes_before(name):
 
 def test_heavy_libraries_stay_in_their_modules():
     homes = {
-        "tensorflow": {"shards", "records", "pipeline", "predict"},
+        "tensorflow": {"shards", "records", "pipeline", "predict", "export"},
+        "onnx": {"onnx_graph", "export"},
+        "onnxruntime": {"export"},
+        "safetensors": {"predict", "export"},
         "cv2": {"flow", "prepare", "demo", "report"},
         "av": {"video", "demo"},
         "orbax": {"checkpoint"},

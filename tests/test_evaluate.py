@@ -105,7 +105,8 @@ def test_prediction_of_a_file_gives_the_score_of_the_evaluation(parts):
     scores = evaluate_subset(settings, params, index, records, "test")
     predictor = Predictor(settings, index.class_names, settings.model(2), params)
     for entry, row in zip(scores.entries, scores.probabilities, strict=True):
-        np.testing.assert_allclose(predictor.predict(index.path(entry)), row, atol=1e-6)
+        prediction = predictor.predict(index.path(entry))
+        np.testing.assert_allclose(prediction.probabilities, row, atol=1e-6)
 
 
 def test_a_video_of_one_frame_can_be_predicted(parts, make_video, tmp_path):
@@ -113,7 +114,7 @@ def test_a_video_of_one_frame_can_be_predicted(parts, make_video, tmp_path):
     predictor = Predictor(settings, index.class_names, settings.model(2), params)
     path = make_video(tmp_path / "one.mp4", frames=1)
     assert len(encode_video(path, settings.records).flow) == 0
-    assert predictor.predict(path).sum() == pytest.approx(1.0, abs=1e-5)
+    assert predictor.predict(path).probabilities.sum() == pytest.approx(1.0, abs=1e-5)
 
 
 ENTRIES = (
@@ -178,6 +179,6 @@ def test_a_whole_run_without_stored_flow(tiny_config, tmp_path):
         rows = list(csv.DictReader(file))
     assert len(rows) == results["num_videos"]
     for row in rows[:2]:
-        scores = predictor.predict(root / row["video_id"])
+        scores = predictor.predict(root / row["video_id"]).probabilities
         written = [float(row[name]) for name in predictor.class_names]
         np.testing.assert_allclose(scores, written, atol=1e-5)
