@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from stf_jax import host
 
@@ -30,6 +30,7 @@ def main(argv: Sequence[str]) -> None:
     """Exports and says how far each file is from JAX."""
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}")
+    logging.set_verbosity(logging.WARNING)  # TensorFlow tells of every file that it writes
     from stf_jax.export import check_formats, export_run, videos_to_check
     from stf_jax.predict import Predictor, Trained
     from stf_jax.run import Run

@@ -26,8 +26,9 @@ from stf_jax.datasets import load_index
 from stf_jax.evaluate import score_batch
 from stf_jax.flow import ZERO_FLOW
 from stf_jax.inputs import Batch, network_input
+from stf_jax.pipeline import SamplingSettings
 from stf_jax.predict import Predictor, Trained
-from stf_jax.prepare import write_aside
+from stf_jax.prepare import RecordSettings, write_aside
 from stf_jax.run import Run
 
 # Largest difference of a probability from the one that JAX computes.
@@ -158,19 +159,14 @@ def signature(trained: Trained, results: Mapping[str, Any]) -> dict[str, Any]:
 def _outside(trained: Trained) -> dict[str, Any]:
     """What a video goes through before the program sees it."""
     stored, sampling = trained.settings.records, trained.settings.sampling
-    bound, half = stored.flow_bound, sampling.flow_frames // 2
     square = "squashed to a square"
     if stored.resize == "short_side":
         square = "the shorter side brought to this size, then the central square"
-    between = "consecutive frames of the video, field n from frame n to n + 1"
-    if sampling.flow_step == "stride":
-        between = "consecutive frames of the clip at their stored size, field n from n to n + 1"
     return {
         "decoding": "all frames of the video, upright, RGB, 8 bit",
         "frames": {
             "T": sampling.num_frames,
-            "rule": f"{_RULES[sampling.eval]}, N its frames, k from 0; "
-            "past the end the last frame is repeated",
+            "rule": _sampling_rule(sampling),
             "settings": trained.settings.config.sampling.to_dict(),
             "clips_per_video_in_the_run": trained.settings.config.eval.repeats,
         },
@@ -181,20 +177,36 @@ def _outside(trained: Trained) -> dict[str, Any]:
             "jpeg": "frames and fields were coded as JPEG and decoded in training; leaving this "
             "out changes probabilities a little",
         },
-        "flow": {
-            "algorithm": stored.flow_algorithm,
-            "tvl1": dataclasses.asdict(stored.tvl1) if stored.flow_algorithm == "tvl1" else None,
-            "between": between,
-            "grey": "0.299 R + 0.587 G + 0.114 B",
-            "computed_at_px": stored.flow_size,
-            "then": "fields are resized like frames, u and v scaled with them",
-            "fields_per_frame": sampling.flow_frames,
-            "window": f"frame c reads fields c - {half} to c + {half - 1}, held inside the video",
-            "bound_px_per_frame": bound,
-            "quantisation": f"floor(clip(v, -{bound}, {bound}) * 127.5 / {bound} + 128), at most "
-            "255",
-            "no_motion": ZERO_FLOW,
-        },
+        "flow": _flow_facts(stored, sampling),
+    }
+
+
+def _sampling_rule(sampling: SamplingSettings) -> str:
+    rule = f"{_RULES[sampling.eval]}, N its frames, k from 0; if N < T, it is frame k"
+    if sampling.flow_edge == "inset":
+        half = sampling.flow_frames // 2
+        rule += f"; if N - {2 * half} >= T, N is less by {2 * half} and {half} is added to each"
+    still = "does not move" if sampling.flow_pad == "zero" else "keeps the fields of the last frame"
+    return f"{rule}; past the end the last frame is repeated and {still}"
+
+
+def _flow_facts(stored: RecordSettings, sampling: SamplingSettings) -> dict[str, Any]:
+    bound, half = stored.flow_bound, sampling.flow_frames // 2
+    between, side = "consecutive frames of the video", stored.flow_size
+    if sampling.flow_step == "stride":
+        between, side = "consecutive frames of the clip, as resized", stored.size
+    return {
+        "algorithm": stored.flow_algorithm,
+        "tvl1": dataclasses.asdict(stored.tvl1) if stored.flow_algorithm == "tvl1" else None,
+        "between": f"{between}: field n is the motion from frame n to frame n + 1",
+        "grey": "0.299 R + 0.587 G + 0.114 B",
+        "computed_at_px": side,
+        "then": "fields are resized as frames are (bilinear when larger), u and v times the ratio",
+        "fields_per_frame": sampling.flow_frames,
+        "window": f"frame c reads fields c - {half} to c + {half - 1}, held inside the video",
+        "bound_px_per_frame": bound,
+        "quantisation": f"floor(clip(v, -{bound}, {bound}) * 127.5 / {bound} + 128), at most 255",
+        "no_motion": ZERO_FLOW,
     }
 
 
@@ -223,16 +235,22 @@ def model_card(
         results=results,
         signature=signature,
         formats={name: FORMATS[name].file for name in formats},
-        config=json.dumps(_shared_config(trained), indent=2),
+        config=json.dumps(shared_config(trained), indent=2),
+        changes={k: v for k, v in results["changes"].items() if k not in _PLACES},
         limit=LIMIT,
     )
 
 
-def _shared_config(trained: Trained) -> dict[str, Any]:
+# Where things lie on a machine is nobody else's business.
+_PLACES = ("data.root", "data.archive", "data.list", "records.root", "transfer.source")
+
+
+def shared_config(trained: Trained) -> dict[str, Any]:
     """The run's configuration without where things lay on its machine."""
     config = json.loads(trained.settings.config.to_json_best_effort())
-    config["data"] |= {"root": "", "archive": "", "list": ""}
-    config["records"]["root"] = "records"
+    for place in _PLACES:
+        part, key = place.split(".")
+        config[part][key] = ""
     return config
 
 
@@ -325,12 +343,13 @@ def _open_onnx(path: Path) -> Runner:
 
 def _write_safetensors(trained: Trained, facts: Mapping[str, str], path: Path) -> None:
     _need("safetensors")
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     # The weights as trained: they may be trained on, and fold when they are loaded.
     leaves = traverse_util.flatten_dict(trained.params, sep="/")
     tensors = {name: np.ascontiguousarray(leaf) for name, leaf in leaves.items()}
-    save_file(tensors, path, {"format": "flax", **facts})
+    # Its own way of writing makes a file that only its owner may read.
+    path.write_bytes(save(tensors, {"format": "flax", **facts}))
 
 
 def _open_safetensors(path: Path) -> Runner:
@@ -433,7 +452,7 @@ def export_run(
     told = signature(trained, results)
     card = model_card(trained, results, told, formats)
     facts = {
-        "config": json.dumps(_shared_config(trained)),
+        "config": json.dumps(shared_config(trained)),
         "data": json.dumps({"class_names": list(trained.class_names), **trained.data}),
         "signature": json.dumps(told),
         "card": card,

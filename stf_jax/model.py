@@ -318,12 +318,16 @@ class ActionNetwork(nn.Module):
             maps.append(blocks["conv3d2"])
         features["fused"] = self.fusion(*maps)
         features["pyramid"] = segment_vectors(features["fused"], self.tpn)
-        rows = jnp.arange(len(rgb)) if rows is None else rows
-        before, after = self.drop.rate(self.drop.input), self.drop.rate(self.drop.output)
-        pyramid = features["pyramid"]
-        x = _ClipDropout(before, name="drop_input")(pyramid, rows) if train else pyramid
-        features["states"] = states = self.recurrent(x)
-        x = _ClipDropout(after, name="drop_output")(states, rows) if train else states
+
+        def dropped(name: str, rate: float, x: Array) -> Array:
+            if not train:
+                return x
+            places = jnp.arange(len(rgb)) if rows is None else rows
+            return _ClipDropout(self.drop.rate(rate), name=name)(x, places)
+
+        x = dropped("drop_input", self.drop.input, features["pyramid"])
+        features["states"] = self.recurrent(x)
+        x = dropped("drop_output", self.drop.output, features["states"])
         features["logits"], features["step_logits"] = self.head(x)
         return features["logits"], features
 

@@ -395,8 +395,8 @@ def _taken(graph: _Graph, x: Value, places: Value, axis: int, shape: Sequence[An
 def _atan2(graph: _Graph, equation: Any, y: Value, x: Value) -> Value:
     """The direction of (x, y): of what lies on the left, the arc tangent is half a turn away."""
     dtype = equation.outvars[0].aval.dtype
-    zero, pi = np.zeros((), dtype), np.asarray(np.pi, dtype)
-    up = graph.add("Where", graph.add("Less", y, zero), np.negative(pi), pi)
+    zero, half, back = (np.asarray(turn * np.pi, dtype) for turn in (0, 1, -1))
+    up = graph.add("Where", graph.add("Less", y, zero), back, half)
     arc = graph.add("Atan", graph.add("Div", y, x))
     left = graph.add("Less", x, zero)
     turned = graph.add("Where", left, graph.add("Add", arc, up), arc)

@@ -174,7 +174,13 @@ def tiny_videos(make_video, tmp_path_factory):
 
 
 @pytest.fixture
-def tiny_config(tiny_videos, tiny_model_config) -> ConfigDict:
+def tiny_config(tiny_card) -> ConfigDict:
+    """A fresh copy of `tiny_card`, so a test may change it."""
+    return tiny_card.copy_and_resolve_references()
+
+
+@pytest.fixture(scope="module")
+def tiny_card(tiny_videos, tiny_model_settings) -> ConfigDict:
     """A whole configuration, small enough to be run through in seconds."""
     from configs import folder
 
@@ -190,7 +196,7 @@ def tiny_config(tiny_videos, tiny_model_config) -> ConfigDict:
     config.inputs.update(crop_size=32, rgb_preprocess="minus1_1", flow_scale=1 / 32)
     config.augment.update(crop="random", flip=False)
     with config.unlocked():
-        config.model = ConfigDict(tiny_model_config)
+        config.model = ConfigDict(copy.deepcopy(tiny_model_settings))
     config.model.norm = "group"
     config.stages.first.update(learning_rate=1e-3, max_epochs=2)
     config.stages.second.update(learning_rate=1e-4, max_epochs=1)
