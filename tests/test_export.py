@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,13 @@ import pytest
 
 import stf_jax
 from stf_jax import export
-from stf_jax.main import run_experiment
+from stf_jax.checkpoint import count_parameters
+from stf_jax.datasets import load_index
+from stf_jax.evaluate import evaluate_subset, write_scores
+from stf_jax.main import _data_facts, environment
 from stf_jax.predict import Predictor, Trained
-from stf_jax.run import Run, Settings
+from stf_jax.records import prepare_records
+from stf_jax.run import Run, Settings, stamp_of
 from stf_jax.video import Limits, VideoReader
 
 ROOT = Path(__file__).parent.parent
@@ -26,12 +31,37 @@ _BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 @pytest.fixture(scope="module")
 def run(tiny_card, tmp_path_factory):
-    """A finished run of one epoch per stage."""
-    config = tiny_card.copy_and_resolve_references()
-    for stage in config.stages.values():
-        stage.max_epochs = 1
+    """The folder of a run as training leaves it, but that its weights are where it would begin."""
     run = Run(tmp_path_factory.mktemp("export") / "run")
-    run_experiment(config, run.workdir, "configs/folder.py", {"data.root": "here", "seed": 0})
+    settings = Settings.of(tiny_card)
+    run.claim(tiny_card)
+    index = load_index(tiny_card.data)
+    records = prepare_records(index, settings.records)
+    stamp = stamp_of(index, settings)
+    run.write_json("data.json", {**_data_facts(run, index, records, 1.0), "stamp": stamp})
+    params = settings.initial_params(settings.model(2))
+    with closing(run.best("second")) as best:
+        best.save(1, params, {"stamp": stamp})
+    stage = {"name": "second", "learning_rate": 1e-4, "epochs": 1, "seconds": 1.0}
+    run.write_json("stages/second/done.json", stage)
+    scores = evaluate_subset(settings, params, index, records, "test")
+    write_scores(run.workdir / "scores.csv", scores, index.class_names)
+    results = {
+        **dataclasses.asdict(scores.figures()),
+        **{key: run.read_json("data.json")[key] for key in ("protocol", "leaky", "excluded")},
+        "overlap": index.overlap,
+        "seen": None,
+        "notes": list(index.notes),
+        "chance": 0.5,
+        "data": {"name": index.name, "counts": {"train": 8, "validation": 4, "test": 4}},
+        "stages": [stage],
+        "environment": environment(),
+        "config_file": "configs/folder.py",
+        "changes": {"data.root": "here", "seed": 0},
+        "seed": 0,
+        "parameters": count_parameters(params),
+    }
+    run.write_json("results.json", results)
     return run
 
 
@@ -50,6 +80,7 @@ def test_every_format_is_there_and_was_compared(exported):
     folder, rows = exported
     assert rows.keys() == {"stablehlo", "savedmodel", "onnx", "safetensors"}
     for row in rows.values():
+        assert not row["error"]
         assert (row["error"], row["clips"], row["same_class"]) == ("", 2, 2)
         assert 0 <= row["largest_difference"] < 1e-5 and (folder / row["file"]).exists()
     assert json.loads((folder / "parity.json").read_text()) == list(rows.values())
