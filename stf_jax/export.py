@@ -5,6 +5,7 @@ crop and normalisation inside. What has to happen to a video before is said by `
 """
 
 import dataclasses
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -257,11 +258,16 @@ def shared_config(trained: Trained) -> dict[str, Any]:
 # --- formats ------------------------------------------------------------------------------------
 
 
+def _with_weights(predictor: Predictor) -> Callable[[Any, Any], jax.Array]:
+    """`inference_function` with its weights as constants."""
+    params = jax.tree.map(jnp.asarray, predictor.params)
+    return functools.partial(inference_function(predictor), params)
+
+
 def _write_stablehlo(trained: Trained, facts: Mapping[str, str], path: Path) -> None:
     predictor = Predictor.of(trained)
-    function, params = inference_function(predictor), jax.tree.map(np.asarray, predictor.params)
     specs = input_specs(predictor, jax_export.symbolic_shape("batch")[0])
-    closed = jax.jit(lambda rgb, flow: function(params, rgb, flow))
+    closed = jax.jit(_with_weights(predictor))
     program = jax_export.export(closed, platforms=PLATFORMS)(*specs.values())
     path.write_bytes(program.serialize())
 
@@ -326,10 +332,9 @@ def _write_onnx(trained: Trained, facts: Mapping[str, str], path: Path) -> None:
     from stf_jax.onnx_graph import onnx_model
 
     predictor = Predictor.of(trained)
-    function, params = inference_function(predictor), jax.tree.map(np.asarray, predictor.params)
     specs = input_specs(predictor, jax_export.symbolic_shape("batch")[0])
     about = {key: facts[key] for key in ("signature", "card")}
-    model = onnx_model(lambda rgb, flow: function(params, rgb, flow), specs, "probabilities", about)
+    model = onnx_model(_with_weights(predictor), specs, "probabilities", about)
     onnx.save(model, path)
 
 
