@@ -101,9 +101,9 @@ def test_a_workdir_belongs_to_one_configuration(tmp_path, tiny_config):
 
 
 def test_a_folder_without_a_run_is_named(tmp_path):
-    for script in ("evaluate", "report"):
+    for script, *more in (("evaluate",), ("report",), ("export", f"--out={tmp_path}/out")):
         done = subprocess.run(
-            [sys.executable, f"experiments/{script}.py", f"--workdir={tmp_path}"],
+            [sys.executable, f"experiments/{script}.py", f"--workdir={tmp_path}", *more],
             cwd=ROOT, capture_output=True, text=True, check=False, timeout=120,
         )  # fmt: skip
         assert done.returncode == 1 and "Traceback" not in done.stderr
