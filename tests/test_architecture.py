@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 WALK = (
     "host progress startup archives index protocols layouts demo video flow tvl1 datasets "
     "prepare shards records augment inputs pipeline convolution vgg streams fusion recurrent model "
-    "metrics optim parallel checkpoint transfer run evaluate train cost predict onnx_graph export "
+    "metrics optim parallel checkpoint transfer run evaluate train cost predict watch timeline onnx_graph export "
     "report main"
 ).split()
 MODULES = {path.stem: path for path in (ROOT / "stf_jax").glob("*.py") if path.stem != "__init__"}
@@ -52,8 +52,8 @@ def test_heavy_libraries_stay_in_their_modules():
         "onnx": {"onnx_graph", "export"},
         "onnxruntime": {"export"},
         "safetensors": {"predict", "export"},
-        "cv2": {"flow", "prepare", "demo", "report"},
-        "av": {"video", "demo"},
+        "cv2": {"flow", "prepare", "demo", "timeline", "report"},
+        "av": {"video", "demo", "timeline"},
         "orbax": {"checkpoint"},
     }
     for library, home in homes.items():
