@@ -109,7 +109,7 @@ class Trained:
     data: Mapping[str, Any]
 
     @classmethod
-    def read(cls, source: str | os.PathLike[str]) -> "Trained":
+    def read(cls, source: str | os.PathLike[str]) -> Trained:
         """Reads the folder of a finished run, or an exported file.
 
         Raises:
@@ -124,7 +124,7 @@ class Trained:
         return cls._of_file(path) if path.is_file() else cls._of_run(path)
 
     @classmethod
-    def _of_run(cls, workdir: Path) -> "Trained":
+    def _of_run(cls, workdir: Path) -> Trained:
         run = Run(workdir)
         settings = run.settings()
         data = run.read_json("data.json")
@@ -144,7 +144,7 @@ class Trained:
         return cls(settings, class_names, params, facts)
 
     @classmethod
-    def _of_file(cls, path: Path) -> "Trained":
+    def _of_file(cls, path: Path) -> Trained:
         tensors, facts = read_weights(path)
         try:
             settings = Settings.of(ml_collections.ConfigDict(json.loads(facts["config"])))
@@ -235,12 +235,12 @@ class Predictor:
     warning: str = ""
 
     @classmethod
-    def load(cls, source: str | os.PathLike[str]) -> "Predictor":
+    def load(cls, source: str | os.PathLike[str]) -> Predictor:
         """Reads a run's folder or an exported file; see `stf_jax.load`."""
         return cls.of(Trained.read(source))
 
     @classmethod
-    def of(cls, trained: Trained) -> "Predictor":
+    def of(cls, trained: Trained) -> Predictor:
         """Folds what a run has learnt for inference."""
         model = trained.settings.model(len(trained.class_names))
         warning = ""
