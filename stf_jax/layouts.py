@@ -678,6 +678,26 @@ def walk(root: Path) -> Iterator[tuple[str, os.DirEntry]]:
                 yield name, entry
 
 
+def videos_below(root: Path) -> list[Path]:
+    """Every video below a folder, in the natural order of their paths.
+
+    Files are taken for videos whatever their name, but for those that stand beside videos without
+    being any; a folder of pictures without a video is one, `root` itself perhaps.
+
+    Raises:
+      ValueError: a link that leads out of `root`, or a name that is not text.
+    """
+    files, pictures = [], set()
+    for file, _ in walk(root):
+        suffix = Path(file).suffix.lower()
+        if suffix not in _COMPANIONS:
+            files.append(file)
+        elif suffix in PICTURES:
+            pictures.add(file.rpartition("/")[0])
+    pictures -= {file.rpartition("/")[0] for file in files}
+    return [root / file for file in sorted([*files, *pictures], key=natural)]
+
+
 def require_folder(path: Path, what: str) -> None:
     """Checks that a folder is there.
 

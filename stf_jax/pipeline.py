@@ -321,6 +321,34 @@ def decode_clip(
     return rgb, tf.reshape(stacks, [count, 2 * settings.flow_frames, size, size])
 
 
+@functools.lru_cache(maxsize=64)
+def evaluation_reads(
+    video_frames: int, settings: SamplingSettings, stored: RecordSettings
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What `decode_clip` reads of a video for its evaluation clip; the rest may be empty.
+
+    Args:
+      video_frames: decoded frames of the video, at least 1.
+      settings: how it is sampled.
+      stored: how it is stored.
+
+    Returns:
+      The frames and the stored fields, in order. The first frame is among them always: its size
+      is the video's.
+    """
+    total = tf.constant(video_frames, tf.int32)
+    wanted = clip_indices(total, settings, seed=None)
+    frames = {0, *frame_indices(wanted, total).numpy().tolist()}
+    if settings.flow_step == "stride":
+        return tuple(sorted(frames)), ()
+    windows = flow_indices(wanted, total, settings).numpy()
+    fields = set(windows[windows >= 0].tolist())
+    if stored.flow_source == "online":
+        ends = fields | {field + 1 for field in fields}
+        return tuple(sorted(frames | ends)), ()
+    return tuple(sorted(frames)), tuple(sorted(fields))
+
+
 def _corner(
     frame: tf.Tensor, size: int, seed: tf.Tensor | None, along: tf.Tensor | int
 ) -> tf.Tensor:

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,11 +28,22 @@ if TYPE_CHECKING:
     import tensorflow as tf
 else:
     from stf_jax.records import tf
-# The keys of what an exported file says about itself: JSON, but for the last.
-FILE_FACTS = ("config", "data", "signature", "card")
 
 # The keys of what an exported file says about itself: JSON, but for the last.
 FILE_FACTS = ("config", "data", "signature", "card")
+
+
+@functools.lru_cache(maxsize=8)
+def _clip_program(sampling: SamplingSettings, stored: RecordSettings) -> Callable[..., Any]:
+    """`decode_clip` of the evaluation's clip, once for videos of all lengths."""
+    strings = tf.TensorSpec([None], tf.string)
+
+    @tf.function(input_signature=[strings, strings], autograph=False)
+    def clip(frames: tf.Tensor, flow: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        wanted = clip_indices(tf.size(frames), sampling, seed=None)
+        return decode_clip(frames, flow, wanted, sampling, stored)
+
+    return clip
 
 
 def clip_of(
@@ -41,11 +52,13 @@ def clip_of(
     sampling: SamplingSettings,
     stored: RecordSettings,
 ) -> Batch:
-    """The one deterministic clip of a video (SPEC 1.8) as a batch of one."""
-    wanted = clip_indices(tf.constant(len(frames), tf.int32), sampling, seed=None)
+    """The one deterministic clip of a video (SPEC 1.8) as a batch of one.
+
+    Frames and fields that `pipeline.evaluation_reads` does not name may be empty.
+    """
     # A one-frame video has no flow; tf.constant cannot tell the type of an empty tuple.
     fields = tf.constant(list(flow), tf.string, shape=[len(flow)])
-    rgb, stacks = decode_clip(tf.constant(list(frames)), fields, wanted, sampling, stored)
+    rgb, stacks = _clip_program(sampling, stored)(tf.constant(list(frames)), fields)
     return Batch(
         rgb=rgb.numpy()[None],
         flow=stacks.numpy()[None],
@@ -259,7 +272,7 @@ class Predictor:
           prediction = stf_jax.load("runs/demo").predict("video.mp4")
           for name, probability in prediction.top(3): ...
         """
-        return Prediction(self.class_names, self._score(self.clip(video)))
+        return Prediction(self.class_names, self.score_clip(self.clip(video)))
 
     def clip(self, video: str | os.PathLike[str] | np.ndarray) -> Batch:
         """What the network sees of a video, before the crop, as a batch of one; see `predict`."""
@@ -269,17 +282,19 @@ class Predictor:
         else:
             whole = encode_video(Path(video), self.settings.records)
             encoded = whole.frames, whole.flow
-        return self._clip(*encoded)
+        return self.pack(*encoded)
 
     def score(self, video: EncodedVideo) -> np.ndarray:
         """Class probabilities of an encoded video, float32 `k`."""
-        return self._score(self._clip(video.frames, video.flow))
+        return self.score_clip(self.pack(video.frames, video.flow))
 
-    def _clip(self, frames: tuple[bytes, ...], flow: tuple[bytes, ...]) -> Batch:
+    def pack(self, frames: tuple[bytes, ...], flow: tuple[bytes, ...]) -> Batch:
+        """The clip of a stored video; of frames and fields that it does not read b'' will do."""
         clip = clip_of(frames, flow, self.settings.sampling, self.settings.records)
         return compute_flow(clip, self.settings.records)
 
-    def _score(self, clip: Batch) -> np.ndarray:
+    def score_clip(self, clip: Batch) -> np.ndarray:
+        """Class probabilities of a clip by `clip` or `pack`, float32 `k`."""
         probabilities = score_batch(
             self.params, clip, model=self.model, inputs=self.settings.inputs
         )

@@ -227,29 +227,88 @@ def encode_frames(
     Raises:
       VideoFault: they cannot be stored, or `source` raises it.
     """
-    stored = motion = (0, 0)
+    encoder = Encoder(settings, name)
     frames: list[bytes] = []
     fields: list[bytes] = []
     greys: list[np.ndarray] = []  # whose fields are still to be computed
     for frame in source:
-        if not frames:  # The first frame speaks for all: a video has one shape.
-            stored = _sides(frame, settings.size, settings.resize)
-            motion = _sides(frame, settings.flow_size, settings.resize)
-            if max(2 * stored[0], stored[1]) > _JPEG_LIMIT:
-                reason = f"too long and narrow: {frame.shape[1]}x{frame.shape[0]} px"
-                raise VideoFault(name, reason, "records.resize='squash' can store it.")
-        picture = _resize(frame, stored)
-        # Turned to OpenCV's order by OpenCV: it would copy a view of reversed channels pixelwise.
-        frames.append(_jpeg(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), settings.jpeg_quality))
-        if settings.flow_source == "online":
+        picture, grey = encoder.shrink(frame)
+        frames.append(encoder.frame(picture))
+        if grey is None:
             continue
-        greys.append(optical_flow.to_grey(picture if motion == stored else _resize(frame, motion)))
+        greys.append(grey)
         if len(greys) > optical_flow.PAIRS_PER_CALL:
-            fields += _encoded_fields(greys, stored, settings)
+            fields += encoder.fields(greys[:-1], greys[1:])
             del greys[:-1]
     if len(greys) > 1:
-        fields += _encoded_fields(greys, stored, settings)
+        fields += encoder.fields(greys[:-1], greys[1:])
     return tuple(frames), tuple(fields)
+
+
+class Encoder:
+    """Turns the frames of one video into what is stored of it, piece by piece.
+
+    Args:
+      settings: how.
+      name: of the video, for the message.
+    """
+
+    def __init__(self, settings: RecordSettings, name: str | os.PathLike[str]) -> None:
+        self._settings, self._name = settings, name
+        self._stored: tuple[int, int] | None = None
+        self._motion = (0, 0)
+
+    def shrink(self, frame: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """What all else is made of.
+
+        Args:
+          frame: RGB, uint8 `h w 3`; the first one speaks for all: a video has one shape.
+
+        Returns:
+          The frame at the stored size, uint8 `h w 3`; and grey at the size that flow is computed
+          at, uint8 `h w`, or None where no flow is stored.
+
+        Raises:
+          VideoFault: frames of this shape cannot be stored.
+        """
+        if self._stored is None:
+            self._stored = self._begin(frame)
+        picture = _resize(frame, self._stored)
+        if self._settings.flow_source == "online":
+            return picture, None
+        same = self._motion == self._stored
+        return picture, optical_flow.to_grey(picture if same else _resize(frame, self._motion))
+
+    def _begin(self, frame: np.ndarray) -> tuple[int, int]:
+        settings = self._settings
+        stored = _sides(frame, settings.size, settings.resize)
+        self._motion = _sides(frame, settings.flow_size, settings.resize)
+        if max(2 * stored[0], stored[1]) > _JPEG_LIMIT:
+            reason = f"too long and narrow: {frame.shape[1]}x{frame.shape[0]} px"
+            raise VideoFault(self._name, reason, "records.resize='squash' can store it.")
+        return stored
+
+    def frame(self, picture: np.ndarray) -> bytes:
+        """A frame as it is stored, of its picture by `shrink`."""
+        # Turned to OpenCV's order by OpenCV: it would copy a view of reversed channels pixelwise.
+        return _jpeg(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), self._settings.jpeg_quality)
+
+    def fields(
+        self, previous: Sequence[np.ndarray], following: Sequence[np.ndarray]
+    ) -> list[bytes]:
+        """The fields of pairs of grey frames by `shrink` as they are stored, at least one."""
+        bound, quality = self._settings.flow_bound, self._settings.jpeg_quality
+        return [_jpeg(_u_above_v(f, bound), quality) for f in self.motion(previous, following)]
+
+    def motion(
+        self, previous: Sequence[np.ndarray], following: Sequence[np.ndarray]
+    ) -> list[np.ndarray]:
+        """Those fields at the stored size, float32 `h w 2`, px per frame."""
+        assert self._stored is not None, "no frame has been shrunk"
+        fields = flow_between(np.stack(previous), np.stack(following), self._settings)
+        if fields.shape[1:3] == self._stored:
+            return list(fields)
+        return [optical_flow.resize_flow(field, self._stored) for field in fields]
 
 
 def flow_between(
@@ -271,18 +330,6 @@ def flow_between(
         return tvl1.flow_on_cpu(previous, following, settings.tvl1)
     compute = optical_flow.make_flow(settings.flow_algorithm)
     return np.stack([compute(a, b) for a, b in zip(previous, following, strict=True)])
-
-
-def _encoded_fields(
-    greys: Sequence[np.ndarray], size: tuple[int, int], settings: RecordSettings
-) -> list[bytes]:
-    """The fields from each grey frame to the next as they are stored, at (height, width)."""
-    encoded = []
-    for field in flow_between(np.stack(greys[:-1]), np.stack(greys[1:]), settings):
-        if field.shape[:2] != size:
-            field = optical_flow.resize_flow(field, size)
-        encoded.append(_jpeg(_u_above_v(field, settings.flow_bound), settings.jpeg_quality))
-    return encoded
 
 
 def _sides(frame: np.ndarray, side: int, resize: str) -> tuple[int, int]:

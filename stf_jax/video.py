@@ -50,6 +50,9 @@ _DEFAULT_RATE = 25.0
 
 _SNIFFED_BYTES = 4096
 
+# How the note on a source begins that did not come to its end.
+_STOPPED = "reading stopped"
+
 # The first box of MP4 and QuickTime files.
 _MP4_STARTS = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
 
@@ -160,7 +163,9 @@ class VideoReader:
     Rotation and mirror flags and the sample aspect ratio are applied (the height stays, the width
     changes), interlaced frames are deinterlaced, alpha is dropped, and every depth and colour
     format becomes 8-bit RGB. All frames have the size of the first. Every iteration decodes
-    the file anew and forgets the one before: `info` and `timestamps` are known at its end.
+    the file anew and forgets the one before: `info` and `timestamps` are known at its end. Until
+    then `seconds` is the time of the latest frame since the first; it never decreases, and where
+    neighbours have each other's stamps (see `_timestamps`) it is a frame ahead.
 
     A folder of pictures (JPEG, PNG) is a video too, in the natural order of their names; its frame
     rate is not known, its time stamps are those of 25 frames per second.
@@ -183,6 +188,7 @@ class VideoReader:
         self._threads = threads
         self._info: VideoInfo | None = None
         self._timestamps: np.ndarray | None = None
+        self.seconds = 0.0
 
     @property
     def info(self) -> VideoInfo:
@@ -212,8 +218,11 @@ class VideoReader:
             self._check_pixels(stream.codec_context.width, stream.codec_context.height)
             progress = _Progress()
             canvas: _Canvas | None = None
+            clock = _Clock(stream.time_base, _header_rate(stream))
             for frame in _progressive(_decode(container, stream, progress), progress):
                 self._check_pixels(frame.width, frame.height)
+                clock.read(progress.pts[-1])
+                self.seconds = clock.latest
                 if canvas is None:
                     canvas = _Canvas.of(frame, stream.sample_aspect_ratio)
                     self._check_pixels(canvas.width, canvas.height)
@@ -233,6 +242,7 @@ class VideoReader:
         files = picture_files(self.path)
         progress = _Progress()
         canvas: _Canvas | None = None
+        first: int | None = None
         for number, file in enumerate(files):
             frame = self._picture(file, progress)
             if frame is None:
@@ -244,6 +254,8 @@ class VideoReader:
                 raise self._too_long()
             if canvas is None:
                 canvas = _Canvas.of(frame, None)
+            first = number if first is None else first
+            self.seconds = (number - first) / _DEFAULT_RATE
             yield canvas.draw(frame)
         if canvas is None:
             raise VideoFault(
@@ -282,13 +294,7 @@ class VideoReader:
         return frame
 
     def _check_pixels(self, width: int, height: int) -> None:
-        if width * height > self._limits.max_pixels:
-            raise VideoFault(
-                self.path,
-                f"too many pixels: {width}x{height}",
-                f"At most {self._limits.max_pixels} are allowed; scale the video down or raise "
-                "max_pixels.",
-            )
+        _check_pixels(self.path, width, height, self._limits)
 
     def _check_length(self, progress: "_Progress", stream: VideoStream) -> None:
         if progress.num_frames > self._limits.max_frames:
@@ -341,6 +347,87 @@ class VideoReader:
             truncated=bool(lacking or progress.damage),
             notes=tuple(notes + progress.damage_notes()),
         )
+
+
+def _check_pixels(name: str | os.PathLike[str], width: int, height: int, limits: Limits) -> None:
+    if width * height > limits.max_pixels:
+        raise VideoFault(
+            name,
+            f"too many pixels: {width}x{height}",
+            f"At most {limits.max_pixels} are allowed; scale the video down or raise max_pixels.",
+        )
+
+
+class StreamReader:
+    """Iterates over the frames of a stream or of a camera, once, as `VideoReader` does of a file.
+
+    Damaged frames are taken as they come. A stream may be endless: only its pixels are limited.
+
+    Args:
+      url: of a stream, such as 'http://127.0.0.1:8000/a.mp4' or 'udp://127.0.0.1:9000'; of a
+        device the name that its driver knows, such as '/dev/video0'.
+      device: libav's name of the driver, 'v4l2' for cameras; '' for streams.
+      limits: what a frame may cost; None for the defaults.
+      timeout: seconds that opening, and then every read, may take.
+
+    Attributes:
+      seconds: time of the latest frame since the first; never decreases.
+      broken: why the stream ended before its sender said so; '' if it did not.
+
+    Raises:
+      VideoFault: while iterating, where there is no stream with pictures (says why).
+    """
+
+    def __init__(
+        self, url: str, *, device: str = "", limits: Limits | None = None, timeout: float = 10.0
+    ) -> None:
+        self.url, self._device, self._timeout = url, device, timeout
+        self._limits = limits or Limits()
+        self.seconds = 0.0
+        self.broken = ""
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Opens and decodes; see the class."""
+        with self._open() as container:
+            stream = container.streams.best("video")
+            if not isinstance(stream, VideoStream) or stream.codec_context is None:
+                raise VideoFault(self.url, "no video stream", "Expected a stream with pictures.")
+            progress = _Progress()
+            canvas: _Canvas | None = None
+            clock = _Clock(stream.time_base, _header_rate(stream))
+            for frame in _progressive(_decode(container, stream, progress), progress):
+                _check_pixels(self.url, frame.width, frame.height, self._limits)
+                clock.read(progress.pts.pop())  # one is enough: the stream may be endless
+                self.seconds = clock.latest
+                canvas = canvas or _Canvas.of(frame, stream.sample_aspect_ratio)
+                yield canvas.draw(frame)
+            self.broken = next((kind for kind in progress.damage if _STOPPED in kind), "")
+            if canvas is None:
+                raise VideoFault(
+                    self.url,
+                    "no decodable frame",
+                    f"{self.broken or 'It ended'} before the first picture; is its sender running?",
+                )
+
+    def _open(self) -> InputContainer:
+        wait = (self._timeout, self._timeout)
+        try:
+            return av.open(self.url, "r", format=self._device or None, timeout=wait)
+        except av.error.ExitError as error:
+            raise VideoFault(
+                self.url,
+                f"nothing came within {self._timeout:g} s",
+                "Is its sender running? A longer --timeout waits longer.",
+            ) from error
+        except (av.error.FFmpegError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise VideoFault(
+                self.url,
+                f"cannot be opened: {reason}",
+                "Expected a camera that nothing else uses."
+                if self._device
+                else "Expected the address of a video stream, such as udp://127.0.0.1:9000.",
+            ) from error
 
 
 def picture_files(folder: Path) -> list[Path]:
@@ -534,8 +621,11 @@ def _packets(container: InputContainer, progress: _Progress) -> Iterator[av.Pack
             packet = next(packets)
         except StopIteration:
             return
+        except av.error.ExitError:  # only streams have a time-out
+            progress.hurt(f"{_STOPPED}: nothing came any more")
+            return
         except av.error.FFmpegError as error:
-            progress.hurt(f"reading stopped: {error.strerror}")
+            progress.hurt(f"{_STOPPED}: {error.strerror}")
             return
         # An empty packet would tell the decoder that the stream ends; AVI files use them where
         # the previous picture stays.
@@ -724,27 +814,41 @@ def _timestamps(
     Frames come in display order, whatever their stamps say: in AVI files with B-frames (an eighth
     of UCF101's) neighbours have each other's, so sorting puts them right.
     """
-    period = 1 / (rate or _DEFAULT_RATE)
-    seconds: list[float] = []
-    latest = -period
-    shift: float | None = None
-    made_up = 0
-    for value in pts:
-        if value is None or time_base is None:
-            time = latest + period
-            made_up += 1
+    clock = _Clock(time_base, rate)
+    ordered = np.sort(np.array([clock.read(value) for value in pts], np.float64))
+    return ordered - ordered[0], clock.made_up
+
+
+class _Clock:
+    """Reads the time stamps of frames as they come; what lacks or falls back is made up.
+
+    Attributes:
+      latest: the latest time so far, seconds since the first frame.
+      made_up: how many stamps were.
+    """
+
+    def __init__(self, time_base: Fraction | None, rate: float | None) -> None:
+        self._time_base = time_base
+        self._period = 1 / (rate or _DEFAULT_RATE)
+        self._shift: float | None = None
+        self.latest = -self._period
+        self.made_up = 0
+
+    def read(self, value: int | None) -> float:
+        """Seconds since the first frame."""
+        if value is None or self._time_base is None:
+            time = self.latest + self._period
+            self.made_up += 1
         else:
-            raw = float(value * time_base)
-            if shift is None:
-                shift = latest + period - raw
-            if raw + shift < latest - _NEW_CLOCK:
-                shift = latest + period - raw
-                made_up += 1
-            time = raw + shift
-        seconds.append(time)
-        latest = max(latest, time)
-    ordered = np.sort(np.array(seconds, np.float64))
-    return ordered - ordered[0], made_up
+            raw = float(value * self._time_base)
+            if self._shift is None:
+                self._shift = self.latest + self._period - raw
+            if raw + self._shift < self.latest - _NEW_CLOCK:
+                self._shift = self.latest + self._period - raw
+                self.made_up += 1
+            time = raw + self._shift
+        self.latest = max(self.latest, time)
+        return time
 
 
 def _lacking_frames(

@@ -18,7 +18,7 @@ WALK = (
     "host native_errors progress startup archives index protocols layouts demo video flow tvl1 "
     "datasets prepare shards records augment inputs views pipeline convolution vgg streams fusion "
     "recurrent model metrics scores charts optim parallel hosts checkpoint transfer run evaluate "
-    "monitor train cost predict explain onnx_graph export report doctor main"
+    "monitor train cost predict watch timeline explain onnx_graph export report doctor main"
 ).split()
 MODULES = {path.stem: path for path in (ROOT / "stf_jax").glob("*.py") if path.stem != "__init__"}
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -52,8 +52,8 @@ def test_heavy_libraries_stay_in_their_modules():
         "onnx": {"onnx_graph", "export"},
         "onnxruntime": {"export"},
         "safetensors": {"predict", "export"},
-        "cv2": {"flow", "prepare", "demo", "report"},
-        "av": {"video", "demo"},
+        "cv2": {"flow", "prepare", "demo", "timeline", "report"},
+        "av": {"video", "demo", "timeline"},
         "orbax": {"checkpoint"},
     }
     for library, home in homes.items():

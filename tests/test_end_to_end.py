@@ -20,6 +20,7 @@ import pytest
 from stf_jax import demo
 from stf_jax.run import Run
 from stf_jax.train import abstract_state
+from stf_jax.video import read_video
 
 ROOT = Path(__file__).parent.parent
 SEED = 5  # of when the run is killed
@@ -257,6 +258,59 @@ def test_prediction_agrees_with_the_scores_and_names_bad_files(place, killed):
     assert lines[0][1] == row["prediction"]
     for percent, name in lines:
         assert float(percent) == pytest.approx(100 * float(row[name]), abs=0.01)
+
+
+def test_prediction_over_time_for_machines(place, killed, tmp_path):
+    with open(place / "killed" / "scores.csv", newline="", encoding="utf-8") as file:
+        row = next(csv.DictReader(file))
+    good = place / "videos" / row["video_id"]
+    out, table = tmp_path / "out.mp4", tmp_path / "latency.csv"
+    done = subprocess.run(
+        [sys.executable, "experiments/predict.py", f"--workdir={place}/killed", "--json",
+         "--window=10f", "--threshold=0", f"--timeline={tmp_path}/times", f"--annotate={out}",
+         f"--latency={table}", str(good)],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    *windows, video = [json.loads(line) for line in done.stdout.splitlines()]
+    frames = len(read_video(good).frames)
+    assert [line["kind"] for line in windows] == ["window"] * (1 + -(-(frames - 10) // 5))
+    assert (video["kind"], video["frames"], video["dropped"]) == ("video", frames, 0)
+    for line in (*windows, video):
+        assert line["input"] == str(good)
+        assert sum(line["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+        assert line["probability"] == max(line["probabilities"].values())
+    assert windows[0]["latency_ms"].keys() == {"decode", "flow", "pack", "network"}
+    with open(tmp_path / "times" / "timeline.csv", newline="", encoding="utf-8") as file:
+        segments = list(csv.DictReader(file))
+    assert [s["label"] for s in segments] == [s["label"] for s in video["segments"]]
+    # Without a threshold every moment has a label.
+    assert float(segments[0]["start_s"]) == 0
+    assert float(segments[-1]["end_s"]) == pytest.approx(frames / 25, abs=0.01)
+    assert (tmp_path / "times" / f"{good.stem}.png").stat().st_size > 5000
+    assert len(read_video(out).frames) == frames
+    with open(table, newline="", encoding="utf-8") as file:
+        stages = {line["stage"]: line for line in csv.DictReader(file)}
+    assert stages.keys() == {"decode", "flow", "pack", "network", "all", "lag"}
+    assert int(stages["all"]["windows"]) == len(windows)
+
+
+@pytest.mark.slow  # its parts: tests/test_watch.py; here the whole program gets the signal
+def test_ctrl_c_ends_a_live_input_with_what_was_found(place, killed, make_video):
+    path = make_video(place / "minute.mp4", frames=1500)
+    process = subprocess.Popen(
+        [sys.executable, "experiments/predict.py", f"--workdir={place}/killed", "--live",
+         "--window=1s", "--threshold=0", str(path)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    lines = [process.stdout.readline() for _ in range(3)]  # its name and two windows
+    assert lines[1].startswith("  0:00.0 to 0:01.0  ") and lines[2].startswith("  0:00.5 to 0:01.5")
+    process.send_signal(signal.SIGINT)
+    rest, errors = process.communicate(timeout=30)
+    assert process.returncode == 0 and "Traceback" not in errors
+    assert "interrupted after" in errors and "latency per window" in errors
+    assert "over time, " in rest and "60.0" not in rest
 
 
 def test_the_report_stands_alone(place, killed):

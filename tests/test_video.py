@@ -1,8 +1,13 @@
 import csv
+import functools
+import http.server
 import itertools
 import os
 import pickle
+import socket
 import struct
+import threading
+import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -11,7 +16,7 @@ import cv2
 import numpy as np
 import pytest
 
-from stf_jax.video import Limits, VideoFault, VideoReader, read_video
+from stf_jax.video import Limits, StreamReader, VideoFault, VideoReader, read_video
 
 
 def _pictures(count, size=(48, 64), step=2):
@@ -729,3 +734,117 @@ def test_a_limit_stops_decoding_at_once(tmp_path, make_video):
 def test_limits_hold_for_pictures_as_delivered(tmp_path):
     path = _write(tmp_path / "v.mp4", _pictures(2), "libx264", aspect=Fraction(3, 1))
     assert _fault(path, limits=Limits(max_pixels=48 * 64)) == "too many pixels: 192x48"
+
+
+# --- streams and cameras ---------------------------------------------------------------------
+
+
+class _Server(http.server.BaseHTTPRequestHandler):
+    """Sends a file; of 'half.mkv' one half, and then it waits."""
+
+    def do_GET(self):
+        data = self.server.data
+        half = self.path == "/half.mkv"
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data[: len(data) // 2] if half else data)
+        if half:
+            self.server.ended.wait(20)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def served(make_video, tmp_path):
+    """A real video, and the address that a server on this machine sends it from."""
+    path = make_video(tmp_path / "v.mkv", frames=60, size=(96, 128), speed=2.0)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Server)
+    server.data, server.ended, server.daemon_threads = path.read_bytes(), threading.Event(), True
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield path, f"http://127.0.0.1:{server.server_port}"
+    server.ended.set()
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_stream_has_the_frames_of_its_file(served):
+    path, address = served
+    whole = read_video(path)
+    stream, times = StreamReader(f"{address}/v.mkv", timeout=5.0), []
+    for frame, expected in zip(stream, whole.frames, strict=True):
+        np.testing.assert_array_equal(frame, expected)
+        times.append(stream.seconds)
+    np.testing.assert_allclose(times, whole.timestamps, atol=1e-6)
+    assert stream.broken == ""
+
+
+def test_a_stream_that_falls_silent_keeps_what_came(served):
+    path, address = served
+    stream = StreamReader(f"{address}/half.mkv", timeout=0.5)
+    began = time.monotonic()
+    count = sum(1 for _ in stream)
+    assert 10 < count < 60 and stream.broken == "reading stopped: nothing came any more"
+    assert time.monotonic() - began < 5
+
+
+def test_streams_that_are_none_say_why(served):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        mute = f"http://127.0.0.1:{silent.getsockname()[1]}/v.mkv"
+        with pytest.raises(VideoFault, match=r"nothing came within 0.2 s\. Is its sender running"):
+            list(StreamReader(mute, timeout=0.2))
+        closed = silent.getsockname()[1]
+    for address, reason in (
+        (f"http://127.0.0.1:{closed}/v.mkv", "cannot be opened: Connection refused"),
+        ("gopher-x://h/v", "cannot be opened: .*Expected the address of a video stream"),
+    ):
+        with pytest.raises(VideoFault, match=reason):
+            list(StreamReader(address, timeout=1.0))
+    with pytest.raises(VideoFault, match="too many pixels: 128x96"):
+        list(StreamReader(f"{served[1]}/v.mkv", limits=Limits(max_pixels=100), timeout=5.0))
+
+
+def test_a_stream_may_not_lead_to_files_of_this_machine(make_video, tmp_path):
+    """A playlist that someone else serves: a file would be played, and its pictures shown."""
+    path = make_video(tmp_path / "v.ts", frames=20, codec="libx264")
+    for name, place in (("own", "v.ts"), ("others", f"file://{path}")):
+        lines = ["#EXTM3U", "#EXT-X-TARGETDURATION:3", "#EXTINF:3,", place, "#EXT-X-ENDLIST"]
+        (tmp_path / f"{name}.m3u8").write_text("\n".join(lines))
+    handler = functools.partial(_Quiet, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        try:
+            assert sum(1 for _ in StreamReader(f"{address}/own.m3u8", timeout=5.0)) == 20
+            with pytest.raises(VideoFault, match="cannot be opened|no video stream"):
+                list(StreamReader(f"{address}/others.m3u8", timeout=5.0))
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+def test_a_device_is_read_by_its_driver():
+    """libav's own test picture stands for a camera: both are devices of a driver."""
+    device = StreamReader("testsrc=size=64x48:rate=25:duration=0.4", device="lavfi")
+    frames = [(frame.shape, device.seconds) for frame in device]
+    assert [shape for shape, _ in frames] == [(48, 64, 3)] * 10
+    np.testing.assert_allclose([seconds for _, seconds in frames], np.arange(10) / 25)
+    with pytest.raises(VideoFault, match="cannot be opened: .*a camera that nothing else uses"):
+        list(StreamReader("/dev/video97", device="v4l2"))
+
+
+def test_the_time_of_the_latest_frame_is_known_while_reading(make_video, tmp_path):
+    path = make_video(tmp_path / "v.mkv", frames=20, fps=10)
+    reader, times = VideoReader(path), []
+    for _ in reader:
+        times.append(reader.seconds)
+    np.testing.assert_allclose(times, reader.timestamps, atol=1e-6)
