@@ -17,7 +17,8 @@ ROOT = Path(__file__).parent.parent
 WALK = (
     "host progress startup archives index protocols layouts demo video flow tvl1 datasets "
     "prepare shards records augment inputs pipeline convolution vgg streams fusion recurrent model "
-    "metrics optim parallel checkpoint transfer run evaluate train cost predict report main"
+    "metrics optim parallel checkpoint transfer run evaluate train cost predict wording curves "
+    "report main"
 ).split()
 MODULES = {path.stem: path for path in (ROOT / "stf_jax").glob("*.py") if path.stem != "__init__"}
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))

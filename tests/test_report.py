@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stf_jax import report
+from stf_jax import curves, report
 
 NASTY = "<script>alert('x')</script> & \"böse\""
 NAMES = ["red ball", "slides left", NASTY]
@@ -362,7 +362,7 @@ def test_one_epoch_has_a_curve_and_no_broken_epochs_on_the_axis(workdir):
 
 def test_axis_holds_the_largest_value():
     for high in (0.003, 0.07, 0.1, 0.95, 1.0, 2.1, 4.7, 99.0, 1234.5):
-        ticks = report.nice_ticks(0.0, high, 5)
+        ticks = curves.nice_ticks(0.0, high, 5)
         steps = np.diff(ticks)
         assert ticks[0] == 0.0 and ticks[-1] >= high > ticks[-2]
         assert np.allclose(steps, steps[0]) and 3 <= len(ticks) <= 7
