@@ -130,7 +130,8 @@ function makePlot(figure) {
     drawAxes();
     const whole = view.x0 <= left && view.x1 >= right && view.y0 <= top && view.y1 >= bottom;
     svg.classList.toggle("zoomed", !whole);
-    const value = (y) => label(Number(valueAt(y).toPrecision(3)));
+    const digits = clamp(2 - Math.floor(Math.log10(valueAt(view.y0) - valueAt(view.y1))), 0, 9);
+    const value = (y) => label(Number(valueAt(y).toFixed(digits)));
     told.textContent = whole ? "All is shown." :
       `Shown: epochs ${epochAt(view.x0).toFixed(1)} to ${epochAt(view.x1).toFixed(1)}, ` +
       `${value(view.y1)} to ${value(view.y0)}.`;
