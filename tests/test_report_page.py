@@ -298,7 +298,7 @@ def test_boxes_hide_curves(reader):
     assert reader.shown(lines) == [(run, kind) == ("run-1", "validation") for run, kind in kinds]
     for name in ("train", "run-2", "validation", "run-1"):
         reader.click(f'[data-toggle="{name}"]')
-    assert reader.shown(lines) == [False] * 8
+    assert reader.shown(lines) == [(run, kind) == ("run-2", "train") for run, kind in kinds]
 
 
 def test_confusion_cells_tell_counts_and_shares(reader):
