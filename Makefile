@@ -2,6 +2,7 @@
 # make test   the whole test suite
 # make test-slow  the checks that are too long for it
 # make test-beam  preparation on Apache Beam, in an environment of its own (.venv-beam)
+# make browser    Chromium for the tests of the report in a browser, which are skipped without it
 # make check  lint, formatting and types
 # make install EXTRAS=cuda12   the GPU build of JAX instead of the CPU one
 # make install EXTRAS=bench    PyTorch too, for experiments/bench and the tests against it
@@ -15,7 +16,7 @@ comma := ,
 # Set-up is redone when one of these changes; the stamp's name remembers the extras.
 STAMP := .venv/.installed$(if $(EXTRAS),-$(subst $(comma),-,$(EXTRAS)))
 
-.PHONY: install demo test test-slow test-beam check clean
+.PHONY: install demo test test-slow test-beam browser check clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -52,6 +53,18 @@ test-beam: .venv-beam/.installed
 	.venv-beam/bin/python -m pip install --quiet --constraint constraints-beam.txt \
 	  --editable '.[dev,beam]'
 	touch $@
+
+# Apt checks signatures as a user that may not write to every machine's /tmp.
+browser:
+	@if command -v chromedriver && command -v chromium; then exit 0; fi; \
+	if ! command -v apt-get >/dev/null; then \
+	  echo "make browser knows Debian's apt-get only: install Chromium and its chromedriver" \
+	    "yourself, so that both are on the PATH" >&2; exit 1; fi; \
+	if [ "$$(id -u)" != 0 ]; then \
+	  echo "Chromium is not there, and installing it takes root: sudo make browser" >&2; exit 1; fi; \
+	export TMPDIR=/var/tmp DEBIAN_FRONTEND=noninteractive; \
+	apt-get update -qq && apt-get install -y -qq --no-install-recommends \
+	  chromium chromium-driver fonts-dejavu-core
 
 check: $(READY)
 	$(BIN)/ruff format --check

@@ -422,17 +422,15 @@ def _viewed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
 
 
 def write_samples(
-    folder: Path, settings: Settings, records: Records, scores: Scores, count: int = 6
+    folder: Path, settings: Settings, records: Records, scores: Scores, count: int = 8
 ) -> None:
-    """Stores a few scored clips for the report: the first wrong ones and one of most classes.
+    """Stores a few scored clips for the report: see `worth_showing`.
 
     Each file holds `video_id`, `frames` uint8 `t h w 3` as the network saw them, and `flow`
     float32 `t h w 2`, px per frame, the field that starts at each frame.
     """
-    wrong = scores.probabilities.argmax(axis=1) != [entry.label for entry in scores.entries]
-    first_of_class = {entry.label: i for i, entry in reversed(list(enumerate(scores.entries)))}
-    chosen = [*np.flatnonzero(wrong)[: count // 3].tolist(), *sorted(first_of_class.values())]
-    chosen = list(dict.fromkeys(chosen))[:count]
+    labels = np.array([entry.label for entry in scores.entries])
+    chosen = worth_showing(scores.probabilities, labels, count)
     entries = [scores.entries[i] for i in chosen]
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.npz"):
@@ -451,3 +449,30 @@ def write_samples(
             frames=batch.rgb[0],
             flow=np.asarray(flow),
         )
+
+
+def worth_showing(probabilities: np.ndarray, labels: np.ndarray, count: int) -> list[int]:
+    """The videos that tell most of a network: half of them mistakes, the others one per class.
+
+    Args:
+      probabilities: float `n k`, one row per video.
+      labels: int `n`, the true classes.
+      count: how many at most.
+
+    Returns:
+      Positions of the videos: the worst mistake (by the probability of the wrong class), the
+      worst of the commonest pair of true and called class, the next worst and so on, then the
+      first video of each class that is not among them.
+    """
+    called = probabilities.argmax(axis=1)
+    wrong = np.flatnonzero(called != labels)
+    worst = wrong[np.argsort(-probabilities[wrong, called[wrong]], kind="stable")].tolist()
+    pairs: dict[tuple[int, int], list[int]] = {}
+    for i in worst:
+        pairs.setdefault((int(labels[i]), int(called[i])), []).append(i)
+    # Commonest first; among equals the one with the worse mistake, which came first.
+    commonest = [videos[0] for videos in sorted(pairs.values(), key=len, reverse=True)]
+    in_turn = itertools.chain.from_iterable(itertools.zip_longest(worst, commonest))
+    mistakes = list(dict.fromkeys(i for i in in_turn if i is not None))[: count // 2]
+    first_of_class = {int(label): i for i, label in reversed(list(enumerate(labels)))}
+    return list(dict.fromkeys([*mistakes, *sorted(first_of_class.values())]))[:count]

@@ -1,8 +1,10 @@
-"""From a run's files to one self-contained HTML page: `workdir/report/index.html`.
+"""From the files of one run or several to one self-contained HTML page.
 
-The page is a pure function of what lies in the workdir: no clock, no network, no scripts, so that
-the same files give the same bytes and the page can be mailed, printed and read in ten years.
-Python works out every number and coordinate; `templates/report.html.jinja` only places them.
+The page is a pure function of what lies in the workdirs: no clock, no network, no scripts but its
+own, so that the same files give the same bytes and the page can be mailed, printed and read in ten
+years. Python works out every number and coordinate; `templates/report.html.jinja` places them,
+and all of it can be read without scripts. `templates/report.js` adds what moves: zoom, sorting,
+clips that play.
 
     results.json   the evaluation, the stages, the data facts   (needed)
     metrics.jsonl  one row per stage, epoch and subset          (curves)
@@ -16,36 +18,38 @@ What is missing is said on the page; only `results.json` is required.
 import base64
 import csv
 import dataclasses
+import hashlib
 import io
 import json
-import math
 import os
 import shlex
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import markupsafe
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-# The size of a plot in its own units; the page scales it to the width at hand.
-PLOT_WIDTH, PLOT_HEIGHT = 520, 300
-PLOT_LEFT, PLOT_RIGHT, PLOT_TOP, PLOT_BOTTOM = 50.0, 508.0, 26.0, 260.0
+from stf_jax import curves
+from stf_jax.wording import decimal, duration, grouped, percent
 
+# As many as there are colours that can be told apart; more columns would not fit a page either.
+MAX_RUNS = 8
+# Moments of a clip that are printed, and that are shown without scripts.
 FILMSTRIP_FRAMES = 8
-MAX_CLIPS = 8
+# A clip that plays has no more pictures than this: they are most of the page's bytes.
+MAX_FRAMES = 40
+MAX_CLIPS = 12
 MAX_MISTAKES = 10
 MAX_PAIRS = 8
 # Above this many classes the confusion matrix has no room for figures in its cells.
 DENSE_CLASSES = 20
 # Pictures are shown at about this height; sending more pixels only makes the file heavier.
 MAX_PICTURE_SIDE = 160
-# A table of epochs or a plot with more points than this hides its dots until hovered.
-MANY_POINTS = 60
 
-_KINDS = ("train", "validation")
 _RESULT_KEYS = (
     "top1", "top5", "mean_class_accuracy", "loss", "num_videos", "interval95", "protocol",
     "leaky", "overlap", "excluded", "faults", "notes", "class_names", "confusion", "seconds",
@@ -53,136 +57,11 @@ _RESULT_KEYS = (
 )  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class EpochRow:
-    """One row of `metrics.jsonl`: the means of one epoch over one subset.
-
-    Attributes:
-      stage: name of the training stage.
-      kind: 'train' or 'validation'.
-      epoch: epochs completed in this stage, from 1 (0: before its first step).
-      step: updates made in this stage.
-      loss: mean cross-entropy, nats.
-      top1: share of clips classified rightly, 0 to 1.
-      learning_rate: at the end of the epoch.
-      num_videos: videos behind the means.
-      seconds: time spent in the stage so far, over all restarts.
-    """
-
-    stage: str
-    kind: str
-    epoch: int
-    step: int
-    loss: float
-    top1: float
-    learning_rate: float
-    num_videos: int
-    seconds: float
-
-
-@dataclasses.dataclass(frozen=True)
-class LinearScale:
-    """The straight line that takes data from [low, high] to page units [start, stop].
-
-    Example:
-      >>> LinearScale(low=0.0, high=10.0, start=50.0, stop=250.0)(5.0)
-      150.0
-    """
-
-    low: float
-    high: float
-    start: float
-    stop: float
-
-    def __call__(self, value: float) -> float:
-        """The page coordinate of `value`, rounded to a tenth of a unit."""
-        share = (value - self.low) / (self.high - self.low)
-        return round(self.start + share * (self.stop - self.start), 1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Span:
-    """A stage's place on the epoch axis that all stages share.
-
-    Attributes:
-      name: the stage.
-      number: 1 for the first stage.
-      first: epochs completed when the stage starts.
-      last: epochs completed when it ends.
-      learning_rate: as text; 'a to b' if it changed.
-    """
-
-    name: str
-    number: int
-    first: int
-    last: int
-    learning_rate: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Point:
-    """A dot of a curve: page coordinates and the text shown when it is hovered."""
-
-    x: float
-    y: float
-    title: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Line:
-    """The curve of one subset within one stage; stages are not joined, the optimiser restarts."""
-
-    kind: str
-    points: tuple[Point, ...]
-
-    @property
-    def path(self) -> str:
-        """The `points` attribute of an SVG polyline."""
-        return " ".join(f"{point.x},{point.y}" for point in self.points)
-
-
-@dataclasses.dataclass(frozen=True)
-class Tick:
-    """A mark on an axis: its page coordinate and its label."""
-
-    at: float
-    label: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Band:
-    """The strip of a plot that belongs to one stage."""
-
-    left: float
-    right: float
-    label: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Plot:
-    """One panel of curves in page coordinates, ready to be drawn.
-
-    Attributes:
-      name: what the y axis shows.
-      lines: per stage and subset.
-      x_ticks: epochs.
-      y_ticks: in the panel's own unit.
-      bands: the stages, left to right; a boundary is drawn where one begins.
-      best: rings around the epochs whose weights were kept.
-      reference: a dashed level with its label (chance), or None.
-      many: too many points for dots.
-      description: the panel in words, for those who cannot see it.
-    """
-
-    name: str
-    lines: tuple[Line, ...]
-    x_ticks: tuple[Tick, ...]
-    y_ticks: tuple[Tick, ...]
-    bands: tuple[Band, ...]
-    best: tuple[Point, ...]
-    reference: Tick | None
-    many: bool
-    description: str
+# Shown where an evaluation gives them.
+_MORE_KEYS = (
+    "seen", "calibration", "calibration_error", "clip_level", "mean_class_interval95",
+    "recall_interval95", "streams",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,83 +146,243 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A moment of a clip: the frame and its flow as data URIs, and the frame's number from 1."""
+    """A moment of a clip.
+
+    Attributes:
+      number: of the frame, from 1.
+      frame: as a data URI.
+      flow: as a data URI.
+      in_strip: whether it is one of the few that are printed.
+    """
 
     number: int
     frame: str
     flow: str
+    in_strip: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Guess:
+    """What a run says of a clip; `scored` is None if its `scores.csv` does not know the clip."""
+
+    run: int
+    label: str
+    scored: ScoredVideo | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """A test clip as the page shows it; `scored` is None if `scores.csv` does not know it."""
+    """A test clip as the page shows it.
 
+    Attributes:
+      anchor: its name within the page.
+      video_id: as in `scores.csv`.
+      truth: its class, or None if no run knows it.
+      source: the run whose frames are shown.
+      pictures: its moments.
+      num_frames: frames that the network saw.
+      guesses: what each run says of it.
+    """
+
+    anchor: str
     video_id: str
+    truth: str | None
+    source: str
     pictures: tuple[Picture, ...]
     num_frames: int
-    scored: ScoredVideo | None
+    guesses: tuple[Guess, ...]
 
 
-def write_report(workdir: Path) -> Path:
-    """Writes the report of the run in `workdir` and returns the path of the page.
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What the files of a run say.
+
+    Attributes:
+      number: 1 for the first run of the page.
+      label: what the page calls it.
+      workdir: its folder.
+      results: `results.json`.
+      names: its classes.
+      history: its epochs.
+      notes: what had to be said about its files and of the run itself.
+      videos: rows of `scores.csv`; None if there is no such file.
+      samples: its clips.
+      config: the configuration by dotted key; None if there is no such file.
+    """
+
+    number: int
+    label: str
+    workdir: Path
+    results: dict[str, Any]
+    history: curves.History
+    notes: tuple[str, ...]
+    videos: tuple[ScoredVideo, ...] | None
+    samples: tuple[Sample, ...]
+    config: dict[str, str] | None
+
+    @property
+    def names(self) -> list[str]:
+        """The classes."""
+        return self.results["class_names"]
+
+    @property
+    def total_seconds(self) -> float:
+        """Time of all phases."""
+        return sum(self.results["seconds"].values())
+
+    def class_name(self, scored: ScoredVideo | None, *, truth: bool) -> str | None:
+        """The true class of a video, or the one that it was called; None of an unknown video."""
+        if scored is None:
+            return None
+        return self.names[scored.label if truth else scored.prediction]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A line of a table with a column per run; a value is None where a run has none."""
+
+    key: str
+    values: tuple[str | None, ...]
+
+    @property
+    def differs(self) -> bool:
+        """Whether the runs disagree."""
+        return len(set(self.values)) > 1
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassLine:
+    """A line of the table of classes: a class in every run, None in one that does not have it."""
+
+    name: str
+    rows: tuple[ClassRow | None, ...]
+
+    @property
+    def videos(self) -> list[int]:
+        """Test videos of the class; several figures where the runs do not agree."""
+        return sorted({row.videos for row in self.rows if row is not None})
+
+    @property
+    def difference(self) -> float | None:
+        """Recall in the last run less that in the first; None if either has none."""
+        first, last = self.rows[0], self.rows[-1]
+        if first is None or last is None or first.recall is None or last.recall is None:
+            return None
+        return last.recall - first.recall
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """What runs say of the test videos that all of them scored.
+
+    Attributes:
+      shared: how many those are.
+      others: further videos, which some of the runs scored.
+      all_right: every run is right.
+      none_right: no run is.
+      alone: per run, where it alone is right.
+    """
+
+    shared: int
+    others: int
+    all_right: int
+    none_right: int
+    alone: tuple[int, ...]
+
+
+def write_report(workdir: Path, *others: Path, out: Path | None = None) -> Path:
+    """Writes the report of a run, or of several side by side, and returns the path of the page.
 
     The page replaces an older one in one step, so that a reader never meets half a page.
 
     Args:
       workdir: a run's folder, with `results.json` and what else the run left.
+      *others: further runs to set beside it.
+      out: where the page goes; without it `workdir/report/index.html`, for one run only.
 
     Returns:
-      `workdir/report/index.html`.
+      The path of the page.
 
     Raises:
       FileNotFoundError: there is no `results.json`; names the command that writes it.
-      ValueError: a file is there and does not hold what it should; names file and key.
+      ValueError: a file is there and does not hold what it should (names file and key); a run is
+        given twice; too many runs; several runs and no `out`.
     Source: paper, Figs. 9 to 11 (curves) and Table 3 (confusion matrix).
     """
-    page = _render(_page_contents(workdir))
-    path = workdir / "report" / "index.html"
-    path.parent.mkdir(exist_ok=True)
-    aside = path.with_name(f"index.html.{os.getpid()}")
+    workdirs = [workdir, *others]
+    if len({path.resolve() for path in workdirs}) < len(workdirs):
+        raise ValueError("a run is given twice; each --workdir should be another run")
+    if len(workdirs) > MAX_RUNS:
+        raise ValueError(f"{len(workdirs)} runs; a page has room for {MAX_RUNS} side by side")
+    if out is None:
+        if others:
+            raise ValueError("where should the page of several runs go? Add --out=compare.html")
+        out = workdir / "report" / "index.html"
+    page = _render(_page_contents(workdirs, out if others else None))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.with_name(f"{out.name}.{os.getpid()}")
     # A file name that is not valid text on its disk reaches us as lone surrogates.
     aside.write_bytes(page.encode("utf-8", errors="backslashreplace"))
-    os.replace(aside, path)
-    return path
+    os.replace(aside, out)
+    return out
 
 
-def _page_contents(workdir: Path) -> dict[str, Any]:
-    """Everything that the template names, worked out from the files of `workdir`."""
-    results = _read_results(workdir)
-    names: list[str] = results["class_names"]
-    rows, notes = _read_metrics(workdir)
-    spans = _stage_spans(rows, [stage["name"] for stage in results["stages"]])
-    videos = _read_scores(workdir, names)
-    samples, sample_notes = _read_samples(workdir)
-    scale = _flow_scale(samples)
+def _page_contents(workdirs: Sequence[Path], out: Path | None) -> dict[str, Any]:
+    """Everything that the template names, worked out from the files of `workdirs`."""
+    several = len(workdirs) > 1
+    labels = _labels(workdirs)
+    runs = [
+        _read_run(path, number, labels[number - 1], several)
+        for number, path in enumerate(workdirs, start=1)
+    ]
+    scale = _flow_scale([sample for run in runs for sample in run.samples])
+    clips = _clips(runs, scale)
     return {
-        "results": results,
-        "rows": rows,
-        "spans": spans,
-        "plots": _plots(rows, spans, results),
-        "classes": _class_rows(results["confusion"], names),
-        "pairs": _confused_pairs(results["confusion"], names),
-        "dense": len(names) > DENSE_CLASSES,
-        "videos": videos,
-        "mistakes": _confident_mistakes(videos or []),
-        "clips": _clips(samples, videos or [], scale),
-        "num_samples": len(samples),
+        "runs": runs,
+        "several": several,
+        "leaky": any(run.results["leaky"] for run in runs),
+        "plots": curves.plots([run.history for run in runs]),
+        "classes": {r.number: _class_rows(r.results["confusion"], r.names) for r in runs},
+        "class_lines": _class_lines(runs),
+        "pairs": {r.number: _confused_pairs(r.results["confusion"], r.names) for r in runs},
+        "mistakes": {run.number: _confident_mistakes(run.videos or ()) for run in runs},
+        "clips": clips,
+        "clip_of": {clip.video_id: clip for clip in clips},
+        "clips_of_pairs": _clips_of_pairs(runs, clips),
+        "num_samples": len({(s.video_id) for run in runs for s in run.samples}),
         "flow_scale": scale,
-        "flow_key": _flow_key(scale) if samples else None,
-        "config": _read_config(workdir),
-        "notes": [*results["notes"], *notes, *sample_notes],
-        "commands": _commands(workdir, results["config_file"]),
-        "shares": _shares(results["seconds"]),
+        "flow_key": _flow_key(scale) if clips else None,
+        "agreement": _agreement(runs),
+        "config": _settings([run.config for run in runs]),
+        "environment": _settings([run.results["environment"] for run in runs]),
+        "phases": list(dict.fromkeys(name for run in runs for name in run.results["seconds"])),
+        "subsets": list(dict.fromkeys(n for r in runs for n in r.results["data"]["counts"])),
+        "commands": _commands(runs, out),
+        "shares": _shares(runs[0].results["seconds"]),
+        "dense_classes": DENSE_CLASSES,
     }
+
+
+def _labels(workdirs: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that tell all runs apart.
+
+    Example:
+      >>> _labels([Path("runs/a"), Path("runs/b")]), _labels([Path("x/run"), Path("y/run")])
+      (['a', 'b'], ['x/run', 'y/run'])
+    """
+    parts = [path.resolve().parts for path in workdirs]
+    for length in range(1, max(len(path) for path in parts) + 1):
+        labels = ["/".join(path[-length:]) for path in parts]
+        if len(set(labels)) == len(labels):
+            return labels
+    raise AssertionError("the paths are distinct")
 
 
 def _render(contents: dict[str, Any]) -> str:
     """The page as text; every value is escaped, since names come from other people's files."""
+    folder = Path(__file__).parent / "templates"
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        loader=jinja2.FileSystemLoader(folder),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -352,13 +391,40 @@ def _render(contents: dict[str, Any]) -> str:
     environment.filters.update(percent=percent, duration=duration, grouped=grouped, decimal=decimal)
     # The plot's frame: the template draws the axes where the curves were scaled to.
     environment.globals["frame"] = {
-        "width": PLOT_WIDTH, "height": PLOT_HEIGHT, "left": PLOT_LEFT,
-        "right": PLOT_RIGHT, "top": PLOT_TOP, "bottom": PLOT_BOTTOM,
+        "width": curves.PLOT_WIDTH, "height": curves.PLOT_HEIGHT, "left": curves.PLOT_LEFT,
+        "right": curves.PLOT_RIGHT, "top": curves.PLOT_TOP, "bottom": curves.PLOT_BOTTOM,
     }  # fmt: skip
-    return environment.get_template("report.html.jinja").render(contents)
+    style = (folder / "report.css").read_text(encoding="utf-8")
+    script = (folder / "report.js").read_text(encoding="utf-8")
+    # The browser runs this very script and no other, whatever else may find its way into the page.
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment.get_template("report.html.jinja").render(
+        contents,
+        style=markupsafe.Markup(style),
+        script=markupsafe.Markup(script),
+        script_digest=digest,
+    )
 
 
 # --- Reading -------------------------------------------------------------------------------------
+
+
+def _read_run(workdir: Path, number: int, label: str, several: bool) -> Run:
+    results = _read_results(workdir)
+    rows, notes = curves.read_epochs(workdir / "metrics.jsonl")
+    samples, sample_notes = _read_samples(workdir)
+    videos = _read_scores(workdir, results["class_names"])
+    return Run(
+        number=number,
+        label=label,
+        workdir=workdir,
+        results=results,
+        history=curves.history(label if several else "", number, rows, results),
+        notes=(*results["notes"], *notes, *sample_notes),
+        videos=None if videos is None else tuple(videos),
+        samples=tuple(samples),
+        config=_read_config(workdir),
+    )
 
 
 def _read_results(workdir: Path) -> dict[str, Any]:
@@ -384,62 +450,7 @@ def _read_results(workdir: Path) -> dict[str, Any]:
             f"{path}: 'confusion' should be {size} x {size}, one row and column per name in "
             f"'class_names', and has {len(lengths)} rows of length {sorted(set(lengths))}"
         )
-    return results
-
-
-def _read_metrics(workdir: Path) -> tuple[list[EpochRow], list[str]]:
-    """The epochs in the order of the file, and what had to be said about the file.
-
-    A run that was cut off and resumed writes some epochs twice (the later row is what happened
-    to the weights that live on), and may leave half a line behind, alone or before a whole row.
-    """
-    path = workdir / "metrics.jsonl"
-    if not path.is_file():
-        return [], []
-    latest: dict[tuple[str, str, int], EpochRow] = {}
-    broken: list[int] = []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        start = max(line.rfind("{"), 0)  # rows hold no object within, so the last one starts here
-        row = _epoch_row(line[start:])
-        if row is None or start:
-            broken.append(number)
-        if row is not None:
-            latest[row.stage, row.kind, row.epoch] = row
-    notes = [
-        f"metrics.jsonl, line {number}: an incomplete row (the run was cut off while writing it) "
-        "is left out of the curves."
-        for number in broken
-    ]
-    unusual = sum(not math.isfinite(row.loss) for row in latest.values())
-    if unusual:
-        notes.append(
-            f"metrics.jsonl: {unusual} epochs have a loss that is not a finite number; "
-            "the curves have gaps there."
-        )
-    return list(latest.values()), notes
-
-
-def _epoch_row(line: str) -> EpochRow | None:
-    """The row in a line of `metrics.jsonl`, or None if the line does not hold a whole one."""
-    try:
-        values = json.loads(line)
-        row = EpochRow(
-            stage=str(values["stage"]),
-            kind=str(values["kind"]),
-            epoch=int(values["epoch"]),
-            step=int(values["step"]),
-            loss=float(values["loss"]),
-            top1=float(values["top1"]),
-            learning_rate=float(values["learning_rate"]),
-            num_videos=int(values["num_videos"]),
-            seconds=float(values["seconds"]),
-        )
-    except (ValueError, KeyError, TypeError):
-        return None
-    return row if row.kind in _KINDS else None
+    return dict.fromkeys(_MORE_KEYS) | results
 
 
 def _read_scores(workdir: Path, names: Sequence[str]) -> list[ScoredVideo] | None:
@@ -474,13 +485,13 @@ def _scored_video(path: Path, line: int, row: list[str], names: Sequence[str]) -
         raise ValueError(f"{path}, row {line}: {error}") from error
 
 
-def _read_config(workdir: Path) -> list[tuple[str, str]] | None:
-    """The configuration as (dotted key, JSON value), or None if `config.json` is not there."""
+def _read_config(workdir: Path) -> dict[str, str] | None:
+    """The configuration as JSON values by dotted key, or None if `config.json` is not there."""
     path = workdir / "config.json"
     if not path.is_file():
         return None
     try:
-        return list(_flatten(json.loads(path.read_text(encoding="utf-8"))))
+        return dict(_flatten(json.loads(path.read_text(encoding="utf-8"))))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
 
@@ -506,151 +517,6 @@ def _read_samples(workdir: Path) -> tuple[list[Sample], list[str]]:
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             notes.append(f"samples/{path.name} cannot be read and is not shown: {error}")
     return samples, notes
-
-
-# --- Curves --------------------------------------------------------------------------------------
-
-
-def _stage_spans(rows: Sequence[EpochRow], stage_names: Sequence[str]) -> list[Span]:
-    """Where each stage with epochs lies on the axis: a stage starts where the one before ended."""
-    order = dict.fromkeys([*stage_names, *(row.stage for row in rows)])
-    spans: list[Span] = []
-    for name in order:
-        own = [row for row in rows if row.stage == name]
-        if not own:
-            continue
-        first = spans[-1].last if spans else 0
-        rates = [row.learning_rate for row in sorted(own, key=lambda row: row.epoch)]
-        start, stop = f"{rates[0]:.3g}", f"{rates[-1]:.3g}"
-        spans.append(
-            Span(
-                name=name,
-                number=len(spans) + 1,
-                first=first,
-                last=first + max(row.epoch for row in own),
-                learning_rate=start if start == stop else f"{start} to {stop}",
-            )
-        )
-    return spans
-
-
-def _plots(
-    rows: Sequence[EpochRow], spans: Sequence[Span], results: dict[str, Any]
-) -> tuple[Plot, ...]:
-    """The panels of loss and accuracy; none for a run without epochs."""
-    finite = [row.loss for row in rows if math.isfinite(row.loss)]
-    if not finite:
-        return ()
-    best = {(stage["name"], stage["best_epoch"]) for stage in results["stages"]}
-    loss_ticks = nice_ticks(0.0, max(finite), 5)
-    loss = _plot("Loss (nats)", "loss", loss_ticks, rows, spans, best, None)
-    top1_ticks = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
-    top1 = _plot("Top-1 accuracy", "top1", top1_ticks, rows, spans, best, results["chance"])
-    return loss, top1
-
-
-def _plot(
-    name: str,
-    field: str,
-    levels: Sequence[float],
-    rows: Sequence[EpochRow],
-    spans: Sequence[Span],
-    best: set[tuple[str, int]],
-    chance: float | None,
-) -> Plot:
-    """One panel: `field` of every row over the epochs of all stages."""
-    end = float(max(spans[-1].last, 1))
-    across = LinearScale(0.0, end, PLOT_LEFT, PLOT_RIGHT)
-    up = LinearScale(levels[0], levels[-1], PLOT_BOTTOM, PLOT_TOP)
-    text = percent if field == "top1" else decimal
-    whole = [x for x in nice_ticks(0.0, end, 6) if x.is_integer()]
-    lines: list[Line] = []
-    rings: list[Point] = []
-    for span in spans:
-        for kind in _KINDS:
-            own = [row for row in rows if (row.stage, row.kind) == (span.name, kind)]
-            points = _points(own, field, span, across, up)
-            if points:
-                lines.append(Line(kind, tuple(points.values())))
-            if kind == "validation":
-                rings += [p for epoch, p in points.items() if (span.name, epoch) in best]
-    return Plot(
-        name=name,
-        lines=tuple(lines),
-        x_ticks=tuple(Tick(across(x), f"{x:g}") for x in whole if x <= end),
-        y_ticks=tuple(Tick(up(y), _tick_label(y, field)) for y in levels),
-        bands=tuple(_band(span, across) for span in spans),
-        best=tuple(rings),
-        reference=None if chance is None else Tick(up(chance), f"chance {percent(chance)}"),
-        many=max((len(line.points) for line in lines), default=0) > MANY_POINTS,
-        description=_plot_in_words(name, field, rows, spans, text),
-    )
-
-
-def _points(
-    rows: Sequence[EpochRow], field: str, span: Span, across: LinearScale, up: LinearScale
-) -> dict[int, Point]:
-    """The dots of one curve by epoch; a value that is not finite has none."""
-    points: dict[int, Point] = {}
-    for row in sorted(rows, key=lambda row: row.epoch):
-        value = getattr(row, field)
-        if not math.isfinite(value):
-            continue
-        title = (
-            f"{row.stage}, epoch {row.epoch}, {row.kind}: loss {decimal(row.loss)}, "
-            f"top-1 {percent(row.top1)} of {grouped(row.num_videos)} videos, "
-            f"learning rate {row.learning_rate:.3g}, {duration(row.seconds)} into the stage"
-        )
-        points[row.epoch] = Point(across(float(span.first + row.epoch)), up(value), title)
-    return points
-
-
-def _band(span: Span, across: LinearScale) -> Band:
-    """A stage's strip, labelled with the longest label that fits into it."""
-    left, right = across(float(span.first)), across(float(span.last))
-    fitting = (
-        label
-        for label in (f"{span.number} · {span.name}", f"{span.number}")
-        if len(label) * 9 + 10 <= right - left
-    )
-    return Band(left, right, next(fitting, ""))
-
-
-def _tick_label(value: float, field: str) -> str:
-    return percent(value, 0) if field == "top1" else f"{value:g}"
-
-
-def _plot_in_words(
-    name: str, field: str, rows: Sequence[EpochRow], spans: Sequence[Span], text: Any
-) -> str:
-    """What a curve tells, for those who cannot see it: first and last value per stage."""
-    parts = []
-    for span in spans:
-        for kind in _KINDS:
-            own = sorted(
-                (row for row in rows if (row.stage, row.kind) == (span.name, kind)),
-                key=lambda row: row.epoch,
-            )
-            if own:
-                first, last = (text(getattr(row, field)) for row in (own[0], own[-1]))
-                parts.append(f"{kind}, stage {span.name}: from {first} to {last}")
-    return f"{name} per epoch. {'; '.join(parts)}."
-
-
-def nice_ticks(low: float, high: float, count: int) -> list[float]:
-    """About `count` round numbers (1, 2 or 5 times a power of ten) that span [low, high].
-
-    The last one is at or above `high`, so that the largest value stays inside the plot.
-
-    Example:
-      >>> nice_ticks(0.0, 2.1, 5)
-      [0.0, 0.5, 1.0, 1.5, 2.0, 2.5]
-    """
-    raw = max(high - low, 1e-6) / count
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * (1 - 1e-9))
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 10) for i in range(first, max(last, first + 1) + 1)]
 
 
 # --- Classes -------------------------------------------------------------------------------------
@@ -707,35 +573,111 @@ def _confident_mistakes(videos: Sequence[ScoredVideo]) -> list[ScoredVideo]:
     return sorted(wrong, key=lambda video: -video.probabilities[video.prediction])[:MAX_MISTAKES]
 
 
-# --- Clips ---------------------------------------------------------------------------------------
+# --- Side by side --------------------------------------------------------------------------------
 
 
-def _clips(
-    samples: Sequence[Sample], videos: Sequence[ScoredVideo], scale: float
-) -> tuple[Clip, ...]:
-    scored = {video.video_id: video for video in videos}
-    return tuple(
-        Clip(
-            video_id=sample.video_id,
-            pictures=_filmstrip(sample, scale),
-            num_frames=len(sample.frames),
-            scored=scored.get(sample.video_id),
-        )
-        for sample in samples[:MAX_CLIPS]
+def _settings(tables: Sequence[Mapping[str, Any] | None]) -> list[Setting]:
+    """One line per key that any run has, in the order of the first run that has it."""
+    known = [table or {} for table in tables]
+    keys = dict.fromkeys(key for table in known for key in table)
+    return [
+        Setting(key, tuple(str(table[key]) if key in table else None for table in known))
+        for key in keys
+    ]
+
+
+def _class_lines(runs: Sequence[Run]) -> list[ClassLine]:
+    """One line per class that any run knows."""
+    tables = [
+        {row.name: row for row in _class_rows(run.results["confusion"], run.names)} for run in runs
+    ]
+    names = dict.fromkeys(name for run in runs for name in run.names)
+    return [
+        ClassLine(name, tuple(table[name] if name in table else None for table in tables))
+        for name in names
+    ]
+
+
+def _agreement(runs: Sequence[Run]) -> Agreement | None:
+    """Where runs are right together and alone; None for one run, or if scores are missing."""
+    if len(runs) < 2 or any(run.videos is None for run in runs):
+        return None
+    # A video is the same one only if it is of the same class.
+    right = [{(v.video_id, run.names[v.label]): v.right for v in run.videos or ()} for run in runs]
+    shared = set.intersection(*(set(table) for table in right))
+    verdicts = [tuple(table[key] for table in right) for key in shared]
+    return Agreement(
+        shared=len(shared),
+        others=len(set.union(*(set(table) for table in right))) - len(shared),
+        all_right=sum(all(v) for v in verdicts),
+        none_right=sum(not any(v) for v in verdicts),
+        alone=tuple(sum(v[i] and sum(v) == 1 for v in verdicts) for i in range(len(runs))),
     )
 
 
-def _filmstrip(sample: Sample, scale: float) -> tuple[Picture, ...]:
-    """Evenly spaced moments of a clip, first and last included."""
+# --- Clips ---------------------------------------------------------------------------------------
+
+
+def _clips(runs: Sequence[Run], scale: float) -> tuple[Clip, ...]:
+    """The runs' clips, each once, with the frames of the first run that kept it."""
+    scored = {run.number: {video.video_id: video for video in run.videos or ()} for run in runs}
+    kept: dict[str, tuple[Run, Sample]] = {}
+    for place in range(max((len(run.samples) for run in runs), default=0)):
+        for run in runs:
+            if place < len(run.samples):
+                kept.setdefault(run.samples[place].video_id, (run, run.samples[place]))
+    clips = []
+    for number, (video_id, (source, sample)) in enumerate(list(kept.items())[:MAX_CLIPS], start=1):
+        guesses = tuple(
+            Guess(run.number, run.label, scored[run.number].get(video_id)) for run in runs
+        )
+        truths = (
+            run.class_name(guess.scored, truth=True)
+            for run, guess in zip(runs, guesses, strict=True)
+        )
+        clips.append(
+            Clip(
+                anchor=f"clip-{number}",
+                video_id=video_id,
+                truth=next((truth for truth in truths if truth is not None), None),
+                source=source.label,
+                pictures=_pictures(sample, scale),
+                num_frames=len(sample.frames),
+                guesses=guesses,
+            )
+        )
+    return tuple(clips)
+
+
+def _clips_of_pairs(
+    runs: Sequence[Run], clips: Iterable[Clip]
+) -> dict[tuple[int, str | None, str | None], Clip]:
+    """A clip of each kind of mistake, by run, true class and what it was called."""
+    found: dict[tuple[int, str | None, str | None], Clip] = {}
+    for clip in clips:
+        for run, guess in zip(runs, clip.guesses, strict=True):
+            called = run.class_name(guess.scored, truth=False)
+            found.setdefault((run.number, run.class_name(guess.scored, truth=True), called), clip)
+    return found
+
+
+def _pictures(sample: Sample, scale: float) -> tuple[Picture, ...]:
+    """Evenly spaced moments of a clip, first and last included; some of them are its filmstrip."""
     from stf_jax.flow import flow_to_colour
 
     last = len(sample.frames) - 1
-    moments = np.unique(np.linspace(0, last, FILMSTRIP_FRAMES).round().astype(int))
+
+    def evenly(count: int) -> np.ndarray:
+        return np.unique(np.linspace(0, last, count).round().astype(int))
+
+    strip = evenly(FILMSTRIP_FRAMES)
+    moments = np.union1d(strip, evenly(min(MAX_FRAMES, last + 1)))
     return tuple(
         Picture(
             number=int(i) + 1,
             frame=_picture_uri(sample.frames[i]),
             flow=_picture_uri(flow_to_colour(sample.flow[i], scale)),
+            in_strip=bool(i in strip),
         )
         for i in moments
     )
@@ -774,70 +716,24 @@ def _picture_uri(image: UInt8[np.ndarray, "h w 3"]) -> str:
 # --- Words and numbers ---------------------------------------------------------------------------
 
 
-def _commands(workdir: Path, config_file: str) -> list[tuple[str, str]]:
+def _commands(runs: Sequence[Run], out: Path | None) -> list[tuple[str, str]]:
     """What was typed, or can be, as (purpose, command)."""
-    where = f"--workdir={shlex.quote(str(workdir))}"
-    return [
-        ("Train, or go on", f"python -m stf_jax.main --config={shlex.quote(config_file)} {where}"),
-        ("Evaluate again", f"python experiments/evaluate.py {where}"),
-        ("Make this page again", f"python experiments/report.py {where}"),
-    ]
+    where = [f"--workdir={shlex.quote(str(run.workdir))}" for run in runs]
+    commands = []
+    for run, place in zip(runs, where, strict=True):
+        of = f" ({run.label})" if out else ""
+        config = shlex.quote(run.results["config_file"])
+        train = f"python -m stf_jax.main --config={config} {place}"
+        commands += [
+            (f"Train, or go on{of}", train),
+            (f"Evaluate again{of}", f"python experiments/evaluate.py {place}"),
+        ]
+    target = [f"--out={shlex.quote(str(out))}"] if out else []
+    again = " ".join(["python experiments/report.py", *where, *target])
+    return [*commands, ("Make this page again", again)]
 
 
 def _shares(seconds: dict[str, float]) -> list[tuple[str, float, float]]:
     """The phases as (name, seconds, share of all)."""
     total = sum(seconds.values()) or 1.0
     return [(name, value, value / total) for name, value in seconds.items()]
-
-
-def percent(share: float | None, digits: int = 1) -> str:
-    """A share as a percentage with a non-breaking space; 'n/a' if there is no such number.
-
-    Example:
-      >>> percent(469 / 480).replace(chr(160), " ")
-      '97.7 %'
-    """
-    if share is None or not math.isfinite(share):
-        return "n/a"
-    return f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%"
-
-
-def decimal(value: float | None) -> str:
-    """A loss with three decimals, or three significant digits below 0.001.
-
-    Example:
-      >>> decimal(0.69314), decimal(0.0000421), decimal(float("nan"))
-      ('0.693', '4.21e-05', 'n/a')
-    """
-    if value is None or not math.isfinite(value):
-        return "n/a"
-    return f"{value:.3f}" if value == 0 or abs(value) >= 0.001 else f"{value:.3g}"
-
-
-def grouped(count: int) -> str:
-    """A count with thousands separated.
-
-    Example:
-      >>> grouped(216005251)
-      '216,005,251'
-    """
-    return f"{count:,}"
-
-
-def duration(seconds: float) -> str:
-    """A time span in the two units that a person would use.
-
-    Example:
-      >>> [duration(s).replace(chr(160), " ") for s in (4.2, 75.0, 3 * 3600 + 120.0)]
-      ['4.2 s', '1 min 15 s', '3 h 2 min']
-    """
-    space = "\N{NO-BREAK SPACE}"
-    if seconds < 59.95:
-        parts = f"{seconds:.1f} s"
-    elif seconds < 3599.5:
-        minutes, rest = divmod(round(seconds), 60)
-        parts = f"{minutes} min {rest} s"
-    else:
-        hours, minutes = divmod(round(seconds / 60), 60)
-        parts = f"{hours} h {minutes} min"
-    return parts.replace(" ", space)

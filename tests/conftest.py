@@ -27,6 +27,7 @@ import jax
 import jaxtyping
 import numpy as np
 import pytest
+from browser import browser  # noqa: F401  (a fixture)
 from ml_collections import ConfigDict
 
 import stf_jax  # noqa: F401 - sets what TensorFlow reads when it is imported

@@ -10,7 +10,14 @@ import pytest
 import tensorflow as tf
 
 from stf_jax.datasets import load_index
-from stf_jax.evaluate import Scorer, evaluate, evaluate_subset, score_batch, write_samples
+from stf_jax.evaluate import (
+    Scorer,
+    evaluate,
+    evaluate_subset,
+    score_batch,
+    worth_showing,
+    write_samples,
+)
 from stf_jax.inputs import Batch, network_input
 from stf_jax.main import run_experiment
 from stf_jax.model import fold_pyramid
@@ -315,6 +322,19 @@ def test_samples_hold_what_the_network_saw(parts, tmp_path):
             assert sample["flow"].shape == (8, 36, 36, 2)
             assert np.abs(sample["flow"]).max() <= settings.records.flow_bound * 1.01
     assert len(ids) == 2 and ids <= {entry.video_id for entry in index.subset("test")}
+
+
+def test_the_worst_mistakes_and_one_of_each_class_are_shown():
+    labels = np.array([0, 0, 0, 1, 1, 2, 2, 2])
+    called = np.array([0, 1, 1, 1, 0, 0, 2, 2])
+    sure = np.array([0.9, 0.6, 0.7, 0.5, 0.8, 0.95, 0.4, 0.4])
+    probabilities = np.repeat((1 - sure[:, None]) / 2, 3, axis=1)
+    probabilities[np.arange(8), called] = sure
+    # Mistakes: 5 (0.95), 4 (0.8), 2 (0.7), 1 (0.6); 2 and 1 are the commonest pair, 0 called 1.
+    assert worth_showing(probabilities, labels, 8) == [5, 2, 4, 1, 0, 3]
+    assert worth_showing(probabilities, labels, 4) == [5, 2, 0, 3]
+    right = np.eye(3)[labels]
+    assert worth_showing(right, labels, 8) == [0, 3, 5]
 
 
 def test_a_whole_run_without_stored_flow(tiny_config, tmp_path):

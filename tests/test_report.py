@@ -1,6 +1,8 @@
 """The report: every number on the page, nothing from outside it, and what it says of gaps."""
 
+import base64
 import csv
+import hashlib
 import json
 import re
 import subprocess
@@ -12,13 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stf_jax import report
+from stf_jax import curves, report
 
+SCRIPT = Path(report.__file__).parent / "templates" / "report.js"
 NASTY = "<script>alert('x')</script> & \"böse\""
 NAMES = ["red ball", "slides left", NASTY]
 # Rows are the truth. Of class 0, 3 of 4 are right and one is called class 2, and so on.
 CONFUSION = [[3, 0, 1], [0, 4, 0], [2, 0, 2]]
-VOID = {"meta", "link", "br", "img"}
+VOID = {"meta", "link", "br", "img", "input"}
 # Elements that a reader sees apart from what follows them.
 APART = {"td", "th", "dt", "dd", "li", "p", "h2", "h3", "b", "span", "data", "summary"}
 
@@ -49,6 +52,9 @@ class Page(HTMLParser):
             self.handle_data(" ")
 
     def handle_data(self, data):
+        if self._open and self._open[-1]["tag"] == "script":
+            self._open[-1]["text"] += data
+            return
         for element in self._open:
             element["text"] += data
 
@@ -240,8 +246,10 @@ def test_stages_time_configuration_environment_commands(workdir):
 
 def test_hostile_names_are_text_everywhere(workdir):
     text = report.write_report(workdir).read_text(encoding="utf-8")
-    assert "<script" not in text
+    assert text.count("<script") == 1
     page = Page(text)
+    (script,) = page.all("script")
+    assert script["text"] == SCRIPT.read_text(encoding="utf-8")
     for section in ("data", "confusion", "classes", "clips", "mistakes"):
         assert NASTY in page.text(section), section
     titles = [e["attrs"].get("title") or "" for e in page.all("td")]
@@ -254,11 +262,16 @@ def test_nothing_comes_from_outside_the_page(workdir):
         for name in ("src", "href", "action", "data", "poster", "srcset"):
             target = element["attrs"].get(name)
             assert target is None or target.startswith(("data:", "#")), element
-    assert page.all("img") and not page.all("script") and not page.all("iframe")
+    assert page.all("img") and not page.all("iframe")
+    assert not any("src" in e["attrs"] for e in page.all("script"))
     assert "url(" not in page.all("style")[0]["text"]
     assert "@import" not in page.all("style")[0]["text"]
     policies = [e["attrs"]["content"] for e in page.all("meta") if "http-equiv" in e["attrs"]]
-    assert policies == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
+    digest = base64.b64encode(hashlib.sha256(SCRIPT.read_bytes()).digest()).decode()
+    assert policies == [
+        "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
+        f"script-src 'sha256-{digest}'"
+    ]
     ids = {e["attrs"]["id"] for e in page.elements if "id" in e["attrs"]}
     links = [e["attrs"]["href"] for e in page.all("a")]
     assert len(links) > 5 and {link.removeprefix("#") for link in links} <= ids
@@ -282,8 +295,8 @@ def test_confusion_matrix_counts_shares_and_hover(workdir):
     assert [e["attrs"]["style"] for e in cells] == [
         "--a:0.78", "--a:0.34", "--a:1.0", "--a:0.56", "--a:0.56",
     ]  # fmt: skip
-    pairs = f"{NASTY} called red ball: 2 of 4 (50.0 %) red ball called {NASTY}: 1 of 4 (25.0 %)"
-    assert pairs in page.text("confusion")
+    first = f"{NASTY} called red ball: 2 of 4 (50.0 %) see clip 1"
+    assert f"{first} red ball called {NASTY}: 1 of 4 (25.0 %)" in page.text("confusion")
 
 
 def test_class_table(workdir):
@@ -362,7 +375,7 @@ def test_one_epoch_has_a_curve_and_no_broken_epochs_on_the_axis(workdir):
 
 def test_axis_holds_the_largest_value():
     for high in (0.003, 0.07, 0.1, 0.95, 1.0, 2.1, 4.7, 99.0, 1234.5):
-        ticks = report.nice_ticks(0.0, high, 5)
+        ticks = curves.nice_ticks(0.0, high, 5)
         steps = np.diff(ticks)
         assert ticks[0] == 0.0 and ticks[-1] >= high > ticks[-2]
         assert np.allclose(steps, steps[0]) and 3 <= len(ticks) <= 7
@@ -392,6 +405,14 @@ def test_half_lines_are_left_out_and_said(workdir):
     assert "metrics.jsonl, line 4: an incomplete row" in page.text("summary")
 
 
+def test_rows_of_steps_are_no_epochs_and_no_fault(workdir):
+    step = json.dumps({"kind": "step", "stage": "look", "step": 3, "norms": {"rgb": 0.5}})
+    (workdir / "metrics.jsonl").write_text("\n".join([step, *metrics(), step]) + "\n")
+    page = render(workdir)
+    assert len(circles(page, 0)) == 12
+    assert "metrics.jsonl" not in page.text("summary")
+
+
 def test_loss_that_is_not_finite_leaves_a_gap(workdir):
     lines = [*metrics(), metric("join", "train", 3, float("nan"), top1=0.5)]
     (workdir / "metrics.jsonl").write_text("\n".join(lines) + "\n")
@@ -413,7 +434,7 @@ def test_leaky_protocol_warns_wherever_an_accuracy_stands(workdir):
     for section in ("data", "curves", "confusion", "classes", "clips", "mistakes", "stages"):
         assert "leaky protocol" in page.text(section), section
     captions = [plain(e["text"]) for e in page.all("figcaption")]
-    assert captions == ["Loss (nats)", "Top-1 accuracy leaky protocol"]
+    assert captions[:2] == ["Loss (nats)", "Top-1 accuracy leaky protocol"]
     assert "leaky protocol" in page.all("title")[0]["text"]
 
 
@@ -425,17 +446,19 @@ def test_clips_show_frames_flow_and_guesses(workdir):
     assert f"red ball 90.0 % slides left 5.0 % {NASTY} 5.0 %" in text
     assert "24 of 24" in text and "full at 2.0 px per frame" in text
     pictures = page.all("img")
-    # Eight frames and eight flows of two clips, and the colour wheel.
-    assert len(pictures) == 2 * 16 + 1
-    alts = [e["attrs"]["alt"] for e in pictures[1:17:2]]
-    assert [int(alt.split()[-1]) for alt in alts] == [1, 4, 8, 11, 14, 17, 21, 24]
+    # All frames and flows of two clips, and the colour wheel; eight of each are printed.
+    assert len(pictures) == 2 * 48 + 1
+    moments = [e for e in page.all("li") if re.fullmatch(r"\d+( of 24)?", plain(e["text"]))]
+    assert [int(plain(e["text"]).split()[0]) for e in moments] == [*range(1, 25)] * 2
+    kept = [e for e in moments if "class" not in e["attrs"]]
+    assert [int(plain(e["text"]).split()[0]) for e in kept] == [1, 4, 8, 11, 14, 17, 21, 24] * 2
+    assert [e["attrs"]["alt"] for e in pictures[1:4:2]] == ["Frame 1", "Frame 2"]
     assert pictures[1]["attrs"]["src"].startswith("data:image/jpeg;base64,/9j/")
     assert pictures[1]["attrs"]["src"] != pictures[3]["attrs"]["src"]
     assert pictures[2]["attrs"]["src"] == pictures[4]["attrs"]["src"], "the motion is constant"
 
 
 def test_picture_keeps_its_colours_and_is_shrunk():
-    import base64
     import io
 
     from PIL import Image
@@ -460,6 +483,169 @@ def test_mistakes_most_confident_first(workdir):
     assert f"None: all {len(right)} test videos are right" in render(workdir).text("mistakes")
 
 
+def test_mistakes_lead_to_their_clips(workdir):
+    page = render(workdir)
+    rows = [plain(e["text"]) for e in page.all("tr") if ".avi" in e["text"]]
+    # Of the three mistakes one has a clip: it was called class 0, which is the first pair too.
+    assert [row.endswith("not kept") for row in rows[-3:]] == [True, False, True]
+    links = [e["attrs"]["href"] for e in page.all("a", **{"class": "to-clip"})]
+    assert links == ["#clip-1", "#clip-1"]
+    (clip,) = page.all("li", id="clip-1")
+    assert f"{NASTY}/200.avi" in clip["text"]
+
+
+def test_long_clip_shows_its_ends_and_at_most_so_many_pictures(workdir):
+    frames = np.zeros((100, 8, 8, 3), np.uint8)
+    flow = np.zeros((100, 8, 8, 2), np.float32)
+    np.savez(workdir / "samples" / "0.npz", video_id="long.avi", frames=frames, flow=flow)
+    (clip,) = render(workdir).all("li", id="clip-1")
+    numbers = [int(n) for n in re.findall(r"\b\d+\b", plain(clip["text"]).partition("flow")[2])]
+    assert report.MAX_FRAMES <= numbers.index(100) + 1 <= report.MAX_FRAMES + 8
+    assert "100 of 100" in plain(clip["text"])
+
+
+def test_further_figures_are_shown_where_there_are_any(workdir):
+    plain_summary = render(workdir).text("summary")
+    assert "Calibration" not in plain_summary and "Other scores" not in plain_summary
+    scores = {"top1": 0.5, "top5": 1.0, "mean_class_accuracy": 0.625, "loss": 1.0}
+    page = render(
+        workdir,
+        calibration_error=0.0875,
+        calibration=[
+            {"low": 0.5, "high": 0.75, "count": 0, "confidence": None, "accuracy": None},
+            {"low": 0.75, "high": 1.0, "count": 12, "confidence": 0.85, "accuracy": 0.75},
+        ],
+        mean_class_interval95=[0.61, 0.89],
+        recall_interval95=[[0.301, 0.954], None, [0.15, 0.85]],
+        clip_level={"num_clips": 120, "top1": 0.7},
+        streams={"without_flow": {"what": "shown no motion", **scores}},
+    )
+    summary = page.text("summary")
+    assert "Calibration error 8.8 %" in summary
+    assert "75.1 % 95 % interval 61.0 % to 89.0 %" in summary
+    assert "Single clips: top-1 70.0 % of 120 clips" in summary
+    assert "without_flow (shown no motion): top-1 50.0 % , top-5 100.0 %" in summary
+    text = page.text("classes")
+    assert "red ball 4 75.0 % 30.1 % to 95.4 % 60.0 %" in text
+    assert "slides left 4 100.0 % n/a 100.0 %" in text
+    assert "75 % to 100 % 12 85.0 % 75.0 %" in text and "50 % to 75 %" not in text
+
+
+# --- Several runs --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def other(workdir: Path) -> Path:
+    """A second run: one mistake of class 2 less, a setting changed, one stage, one more clip."""
+    folder = workdir.parent / "other"
+    folder.mkdir()
+    stages = [make_stage("look", 3e-4, 4, 2)]
+    results = make_results(
+        top1=10 / 12, confusion=[[3, 0, 1], [0, 4, 0], [1, 0, 3]], seed=23, stages=stages,
+        environment={"commit": "fff0000", "jax": "0.10.0", "gpu": "H100"},
+    )  # fmt: skip
+    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "metrics.jsonl").write_text("\n".join(metrics()[:8]) + "\n")
+    (folder / "config.json").write_text(json.dumps({"seed": 23, "model": {"levels": [1, 2, 4]}}))
+    rows = scored_videos()
+    # The less certain of the two mistakes of class 2 is none here.
+    wrong = next(row for row in rows if row[0] == f"{NASTY}/201.avi")
+    wrong[2:] = [NASTY, 1, 0.1, 0.1, 0.8]
+    write_scores(folder, rows)
+    write_sample(folder, "0.npz", "red ball/000.avi")
+    write_sample(folder, "1.npz", "slides left/110.avi")
+    return folder
+
+
+def compare(*workdirs: Path) -> Page:
+    out = workdirs[0].parent / "compare.html"
+    assert report.write_report(*workdirs, out=out) == out
+    return Page(out.read_text(encoding="utf-8"))
+
+
+def test_runs_stand_side_by_side(workdir, other):
+    page = compare(workdir, other)
+    assert page.all("title")[0]["text"].replace("\xa0", " ") == "2 runs: run 75.0 %, other 83.3 %"
+    summary = page.text("summary")
+    assert "Figure run other Top-1 accuracy 75.0 % 83.3 %" in summary
+    assert "Seed 17 23" in summary
+    # 9 videos are right in both, one only in the other.
+    assert (
+        "Of the 12 test videos that every run scored, 9 are right in all and 2 in none" in summary
+    )
+    assert "0 only in run ; 1 only in other" in summary
+    assert "train 1,288 1,288" in page.text("data")
+    assert len(page.all("table", **{"class": "matrix"})) == 2
+    assert f"{NASTY} 4 50.0 % 75.0 % +25.0 points 66.7 % 75.0 %" in page.text("classes")
+    assert "other look 0.0003 4 36 2" in page.text("stages")
+    time = page.text("time")
+    assert "look 2 min 30 s 2 min 30 s" in time and "all 4 min 10 s 4 min 10 s" in time
+    command = f"--workdir={workdir} --workdir={other} --out={workdir.parent / 'compare.html'}"
+    assert command in page.text("commands")
+
+
+def test_settings_that_differ_are_marked(workdir, other):
+    page = compare(workdir, other)
+    rows = {plain(e["text"]): e["attrs"].get("class") for e in page.all("tr") if e["text"].strip()}
+    assert rows["seed 17 23"] == "differs" and rows["model.levels [1, 2, 4] [1, 2, 4]"] is None
+    assert rows["commit abc1234 fff0000"] == "differs" and rows["jax 0.10.0 0.10.0"] is None
+    assert rows["gpu not there H100"] == "differs"
+
+
+def test_curves_of_runs_share_their_axes(workdir, other):
+    page = compare(workdir, other)
+    lines = [e["attrs"] for e in page.all("g") if "data-run" in e["attrs"]]
+    per_panel = [("run-1", "train"), ("run-1", "validation")] * 2
+    per_panel += [("run-2", "train"), ("run-2", "validation")]
+    assert [(a["data-run"], a["data-kind"]) for a in lines] == per_panel * 2
+    loss = circles(page, 0)
+    assert len(loss) == 12 + 8 and loss[12:] == loss[:8], "the same numbers lie in the same place"
+    # They were not trained in the same stages, so no boundary holds for both.
+    assert not page.all("line", **{"class": "boundary"})
+    text = page.text("curves")
+    assert "run: stage 2, join: 2 epochs" in text.replace(" :", ":")
+    titles = [e["text"] for e in page.all("title")]
+    assert any(title.startswith("other, look, epoch 1, train") for title in titles)
+
+
+def test_a_clip_is_shown_once_with_what_each_run_says(workdir, other):
+    page = compare(workdir, other)
+    clips = [plain(e["text"]) for e in page.all("li") if "clip-" in (e["attrs"].get("id") or "")]
+    assert [re.search(r"\S*( \S+)?\.avi", clip)[0].split("/")[-1] for clip in clips] == [
+        "200.avi", "000.avi", "110.avi",
+    ]  # fmt: skip
+    assert "as run saw it" in clips[0] and "as other saw it" in clips[1]
+    assert clips[0].count("✗ wrong") == 2 and clips[1].count("✓ right") == 2
+
+
+def test_runs_on_other_videos_are_said(workdir, other):
+    write_scores(other, scored_videos()[:6])
+    assert "Only 6 were scored by every run, 6 by some" in compare(workdir, other).text("summary")
+    names = ["red ball", "slides left", "else"]
+    results = json.loads((other / "results.json").read_text()) | {"class_names": names}
+    (other / "results.json").write_text(json.dumps(results))
+    rows = [[f"o/{i}.avi", "else", "else", 1, 0.0, 0.0, 1.0] for i in range(3)]
+    write_scores(other, rows, names)
+    page = compare(workdir, other)
+    assert "No video was scored by every run" in page.text("summary")
+    assert "else 4 n/a 75.0 % n/a n/a 75.0 %" in page.text("classes")
+
+
+def test_runs_are_told_apart_and_counted(workdir, other, tmp_path):
+    twin = tmp_path / "deep" / "run"
+    twin.parent.mkdir()
+    other.rename(twin)
+    assert f"Figure {tmp_path.name}/run deep/run" in compare(workdir, twin).text("summary")
+    with pytest.raises(ValueError, match="a run is given twice"):
+        report.write_report(workdir, workdir, out=tmp_path / "x.html")
+    with pytest.raises(ValueError, match=r"Add --out=compare\.html"):
+        report.write_report(workdir, twin)
+    many = [tmp_path / str(i) for i in range(9)]
+    with pytest.raises(ValueError, match="9 runs; a page has room for 8"):
+        report.write_report(*many, out=tmp_path / "x.html")
+    assert not (tmp_path / "x.html").exists()
+
+
 def test_missing_optional_files_are_said(workdir):
     for name in ("metrics.jsonl", "scores.csv", "config.json"):
         (workdir / name).unlink()
@@ -479,7 +665,7 @@ def test_damaged_sample_is_said_and_the_others_shown(workdir):
     (workdir / "samples" / "0.npz").write_bytes(whole[: len(whole) // 2])
     page = render(workdir)
     assert "samples/0.npz cannot be read" in page.text("summary")
-    assert len(page.all("img")) == 16 + 1
+    assert len(page.all("img")) == 48 + 1
 
 
 def test_sample_without_scores_is_shown_without_guesses(workdir):
@@ -536,6 +722,12 @@ def test_script_prints_the_path_or_what_is_missing(workdir, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(workdir / "report" / "index.html")
     assert Path(done.stdout.strip()).stat().st_size > 10_000
+    page = tmp_path / "pages" / "one.html"
+    elsewhere = [sys.executable, str(script), f"--workdir={workdir}", f"--out={page}"]
+    assert subprocess.run(elsewhere, capture_output=True, text=True, check=True).stdout.strip() == (
+        str(page)
+    )
+    assert page.read_bytes() == Path(done.stdout.strip()).read_bytes()
     failed = call(tmp_path)
     assert failed.returncode == 1
     assert "results.json is missing" in failed.stderr and "Traceback" not in failed.stderr
