@@ -252,7 +252,7 @@ class Checkpoints:
                     shutil.rmtree(gone)
 
 
-def _orbax(handler: Any) -> ocp.Checkpointer:
+def _orbax(handler: Any) -> "ocp.Checkpointer":
     """Orbax for this process alone: of itself it would wait for all processes at every turn."""
     here = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})

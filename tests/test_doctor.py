@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 
+import stf_jax
 from stf_jax import demo, doctor, flow, host, train
 
 ROOT = Path(__file__).parent.parent
@@ -226,6 +227,10 @@ def test_what_cannot_be_imported_is_a_finding_like_any_other(
             raise ModuleNotFoundError(f"No module named {library!r}", name=library)
         return real(name, *arguments, **more)
 
+    # As in a process that has not imported them yet.
+    for name in ("video", "demo"):
+        monkeypatch.delitem(sys.modules, f"stf_jax.{name}", raising=False)
+        monkeypatch.delattr(stf_jax, name, raising=False)
     monkeypatch.setattr(builtins, "__import__", refuse)
     monkeypatch.setattr(doctor, "check_training_step", lambda: iter(()))
     faults = [f for f in _faults(doctor.examine(tmp_path, tmp_path)) if f.level == "FAIL"]

@@ -533,7 +533,7 @@ def test_the_norms_of_a_step_are_those_of_gradient_and_update(parts):
 def test_a_stage_shows_curves_clips_and_a_trace(parts, capsys):
     run, settings, index, records = parts
     profiler = Profiler(2)
-    train_stage(run, settings, "first", index, records, profiler)
+    train_stage(run, settings, "first", index, records, profiler=profiler)
     profiler.conclude()
     folder = run.workdir / "tensorboard" / "first"
     events = _events(run, "first")
