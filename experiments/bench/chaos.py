@@ -390,7 +390,8 @@ class Storm:
         folder = self.folder()
         if folder is None:
             return "too early"
-        newest = max((int(p.name) for p in folder.iterdir() if p.name.isdigit()), default=0)
+        # Of checkpoints: another fault may have left strays that are named like one.
+        newest = max((int(p.name.partition(".")[0]) for p in _copies(folder)), default=0)
         for step in range(newest + 1, newest + 9):
             path = folder / f".saving-{step}"
             if not path.exists():
