@@ -297,3 +297,26 @@ def test_a_source_that_is_no_finished_run_or_has_other_flow_is_refused(two_lists
     source.stage_file("second", "done.json").unlink()
     with pytest.raises(FileNotFoundError, match="done.json is missing"):
         source_weights(tuned, stamp_of(other, tuned))
+
+
+def test_a_third_stage_goes_on_from_the_second(two_lists, tmp_path):
+    (settings, index, records), _ = two_lists
+    run = _as_if_trained(settings, index, records, tmp_path / "run")
+    config = settings.config.as_configdict().copy_and_resolve_references()
+    with config.unlocked():
+        config.stages.third = {
+            **config.stages.second.to_dict(),
+            "rates": (("head/.*", 1.0), (".*", 0.0)),
+        }
+    config.stage_order = ("first", "second", "third")
+    longer = Settings.of(config)
+    stamp = stamp_of(index, longer)
+    state, _ = train._start(run, longer, "third", stamp, run.last("third"))
+    fates = json.loads(run.stage_file("third", "weights.json").read_text())
+    assert {row["fate"] for row in fates.values()} == {"copied from stage 'second'"}
+    weights = by_path(settings.initial_params(settings.model(2)))
+    for path, leaf in by_path(state.params).items():
+        np.testing.assert_array_equal(leaf, weights[path], err_msg=path)
+    # Only the head has moments: the rest is frozen.
+    moments = [path for path in by_path(state.opt_state) if path.endswith("kernel")]
+    assert moments and all("head/" in path for path in moments)
