@@ -18,11 +18,12 @@ import stf_jax
 from stf_jax import export
 from stf_jax.checkpoint import count_parameters
 from stf_jax.datasets import load_index
-from stf_jax.evaluate import evaluate_subset, write_scores
+from stf_jax.evaluate import evaluate_subset
 from stf_jax.main import _data_facts, environment
 from stf_jax.predict import Predictor, Trained
 from stf_jax.records import prepare_records
 from stf_jax.run import Run, Settings, stamp_of
+from stf_jax.scores import write_scores
 from stf_jax.video import Limits, VideoReader
 
 ROOT = Path(__file__).parent.parent

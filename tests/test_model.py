@@ -365,9 +365,11 @@ def dropout_outputs(network, key):
             train=True,
             rngs={"dropout": jax.random.key(key)},
             mutable=["intermediates"],
-            capture_intermediates=lambda module, _: isinstance(module, nn.Dropout),
+            capture_intermediates=lambda module, _: (module.name or "").startswith("drop_"),
         )
-    (first,), (second,) = (state["intermediates"][f"Dropout_{n}"]["__call__"] for n in range(2))
+    (first,), (second,) = (
+        state["intermediates"][f"drop_{name}"]["__call__"] for name in ("input", "output")
+    )
     return got, np.asarray(first), np.asarray(second)
 
 
@@ -729,6 +731,7 @@ def test_each_network_of_late_fusion_learns_from_its_own_loss(tiny):
         )
 
 
+@pytest.mark.slow  # the quick one: test_a_switch_changes_what_it_says_and_nothing_else
 def test_bfloat16_computes_maps_low_and_everything_else_high(tiny):
     exact, low = tiny(GROUP), tiny(GROUP | {"precision": "bfloat16"})
     variables = drawn(exact)
@@ -777,7 +780,9 @@ def gradients(network):
     return jax.jit(jax.grad(loss), compiler_options=QUICK)(drawn(network)["params"])
 
 
-@pytest.mark.parametrize("how", ["convolutions", "blocks", "all"])
+@pytest.mark.parametrize(
+    "how", [pytest.param("convolutions", marks=pytest.mark.slow), "blocks", "all"]
+)
 def test_forgetting_changes_no_gradient(tiny, how):
     network = tiny({"remat.spatial": how, "remat.temporal": how})
     assert network == tiny({"remat.spatial": how, "remat.temporal": how})
@@ -802,13 +807,8 @@ def moved(params, step, size):
     return jax.tree.map(lambda p, d: p + size * d, params, step)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        pytest.param({}, marks=pytest.mark.slow),
-        GROUP | {"head.pool": "per_step_loss", "tpn.psi": "max"},
-    ],
-)
+@pytest.mark.slow  # PyTorch's gradients are compared with in every run: test_torch_oracle.py
+@pytest.mark.parametrize("changes", [{}, GROUP | {"head.pool": "per_step_loss", "tpn.psi": "max"}])
 def test_gradients_are_slopes(tiny, changes):
     """The gradient of every part against differences of the loss, in float64."""
     network, label = tiny(changes), jnp.array([1, 3])

@@ -69,6 +69,7 @@ def _check_which_weights(run: Run, own) -> None:
 def test_a_run_is_scored_on_new_videos_only(tiny_config, tmp_path):
     """One honest run, and everything that somebody may want to score with it."""
     tiny_config.data.update(protocol="leave_one_group_out", fold=1, validation_fraction=0.0)
+    tiny_config.checkpoint_every_steps = 1  # so that an older step is there to score
     run = _experiment(tiny_config, tmp_path / "run")
     results = run.read_json("results.json")
     assert not results["leaky"] and results["overlap"] == 0.0 and results["seen"] is None
