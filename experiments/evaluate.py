@@ -13,7 +13,6 @@ part. Videos that the run was trained on are refused, and so are other classes t
 """
 
 import json
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,19 +63,14 @@ _CHANGES = {
 
 def _views() -> dict[str, Any]:
     """What the flags change of the run's `eval`, and the seed."""
+    from stf_jax.views import parse_views
+
     changes: dict[str, Any] = {}
     if (_VIEWS.value, _REPEATS.value, _MIN_PER_CLASS.value) != (None, None, None):
         # Which clips is said here, so nothing of what the run says of it stays.
         changes = {"num_clips": 1, "repeats": 1, "min_per_class": 0}
     if _VIEWS.value is not None:
-        match = re.fullmatch(r"(\d+)(?:x(\d+))?(xflip)?", _VIEWS.value)
-        if not match:
-            raise app.UsageError(
-                f"--views={_VIEWS.value}: expected CLIPS, CLIPSxCROPS or CLIPSxCROPSxflip, such as "
-                "10x3xflip"
-            )
-        changes |= {"num_clips": int(match[1]), "num_crops": int(match[2] or 1)}
-        changes["flip"] = bool(match[3])
+        changes |= parse_views(_VIEWS.value)
     told = {
         "repeats": _REPEATS.value,
         "min_per_class": _MIN_PER_CLASS.value,
@@ -93,7 +87,6 @@ def main(argv: Sequence[str]) -> None:
     unknown = set(_ALLOW.value) - {"classes", "split", "flow", "trained"}
     if unknown:
         raise app.UsageError(f"--allow: {', '.join(unknown)} is none of classes,split,flow,trained")
-    views = _views()
     from stf_jax.charts import write_charts
     from stf_jax.evaluate import score_again
     from stf_jax.run import Run
@@ -106,7 +99,7 @@ def main(argv: Sequence[str]) -> None:
             subset=_SUBSET.value,
             changes=changes,
             allow=_ALLOW.value,
-            views=views,
+            views=_views(),
             stage=_STAGE.value,
             checkpoint=_CHECKPOINT.value,
         )

@@ -1,7 +1,9 @@
 """What of a video is scored: which clips, which windows of each, and their mirror images."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -85,6 +87,26 @@ class EvalSettings:
                 f"of inputs.crop_size={crop_size} px no room, so that all would be the same. Use "
                 "1, or prepare larger frames (records.size, or records.resize='short_side')"
             )
+
+
+def parse_views(told: str) -> dict[str, Any]:
+    """Reads 'CLIPS[xCROPS][xflip]' as settings.
+
+    Raises:
+      ValueError: it is something else (says what is expected).
+
+    Example:
+      >>> parse_views("10x3xflip")
+      {'num_clips': 10, 'num_crops': 3, 'flip': True}
+    """
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?(xflip)?", told)
+    if not match:
+        raise ValueError(
+            f"views: got {told!r}, expected CLIPS, CLIPSxCROPS or CLIPSxCROPSxflip, such as "
+            "10x3xflip"
+        )
+    clips, crops, flip = match.groups()
+    return {"num_clips": int(clips), "num_crops": int(crops or 1), "flip": bool(flip)}
 
 
 def one_view(settings: EvalSettings) -> EvalSettings:

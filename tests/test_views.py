@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from stf_jax.views import EvalSettings, plan_clips
+from stf_jax.views import EvalSettings, parse_views, plan_clips
 
 ONE = EvalSettings(
     num_clips=1, num_crops=1, flip=False, repeats=1, min_per_class=0, each_stream=False,
@@ -107,3 +107,15 @@ def test_crops_that_would_all_be_the_same_are_refused():
 )  # fmt: skip
 def test_views_are_told(changes, told):
     assert dataclasses.replace(ONE, **changes).summary() == told
+
+
+def test_views_are_read():
+    for told, read in (
+        ("4", {"num_clips": 4, "num_crops": 1, "flip": False}),
+        ("1xflip", {"num_clips": 1, "num_crops": 1, "flip": True}),
+        ("2x5", {"num_clips": 2, "num_crops": 5, "flip": False}),
+    ):
+        assert parse_views(told) == read
+    for told in ("", "2y3", "2x", "-1", "2xflipx3", "2x3xflop"):
+        with pytest.raises(ValueError, match="views: got .*expected CLIPS"):
+            parse_views(told)
