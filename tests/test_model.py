@@ -781,7 +781,8 @@ def gradients(network):
 
 
 @pytest.mark.parametrize(
-    "how", [pytest.param("convolutions", marks=pytest.mark.slow), "blocks", "all"]
+    "how",
+    [*(pytest.param(how, marks=pytest.mark.slow) for how in ("convolutions", "blocks")), "all"],
 )
 def test_forgetting_changes_no_gradient(tiny, how):
     network = tiny({"remat.spatial": how, "remat.temporal": how})

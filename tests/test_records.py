@@ -115,7 +115,9 @@ def test_a_second_writer_is_told_who_holds_the_set(index, settings):
             prepare_records(index, settings)
 
 
-@pytest.mark.parametrize("moment", ["staging", "packing", "finishing"])
+@pytest.mark.parametrize(
+    "moment", ["staging", "finishing", pytest.param("packing", marks=pytest.mark.slow)]
+)
 def test_killed_preparation_ends_the_same(index, settings, tiny_records, monkeypatch, moment):
     """SIGKILL at a known moment, then the same call again."""
     monkeypatch.setattr(records, "_SHARD_VIDEOS", 6)

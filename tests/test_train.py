@@ -427,7 +427,10 @@ def test_a_torn_line_and_what_will_be_done_again_leave_the_log(parts):
     assert [json.loads(row)["epoch"] for row in rows] == [1, 1, 2, 2]
 
 
-def test_a_second_signal_acts_at_once():
+def test_a_second_signal_acts_at_once(request):
+    # Python's own, also where a shell has started the tests in the background, deaf to Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with pytest.raises(KeyboardInterrupt):
         with train.stop_requests() as stop:
             os.kill(os.getpid(), signal.SIGINT)
