@@ -240,9 +240,10 @@ def _draw_steps(ax, explained: Explanation, names: tuple[str, ...]) -> None:
     for number, label in enumerate(classes):
         place = steps + (number - (len(classes) - 1) / 2) * width
         ax.bar(place, explained.step_probabilities[:, label], width, label=names[label])
-    ax.set(xticks=steps, xticklabels=[f"step {step + 1}" for step in steps], ylim=(0, 1))
-    ax.set(ylabel="probability", title="each recurrent step by itself")
-    ax.legend(fontsize=8, frameon=False)
+    ax.set(xticks=steps, xticklabels=[f"step {step + 1}" for step in steps], ylim=(0, 1.3))
+    ax.set(yticks=np.linspace(0, 1, 6), ylabel="probability")
+    ax.set_title("each recurrent step by itself")
+    ax.legend(fontsize=8, frameon=False, loc="upper center", ncols=2)  # above the bars
 
 
 def _draw_parts(ax, explained: Explanation) -> None:
