@@ -1,11 +1,14 @@
 """Pictures of an evaluation's figures (PNG): confusion, reliability, classes with intervals."""
 
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from stf_jax.prepare import write_aside
 
 # Up to so many classes a matrix has room for its counts.
 _NUMBERED = 20
@@ -29,6 +32,13 @@ def write_charts(
     _confusion(folder / f"confusion{suffix}.png", facts, class_names)
     _reliability(folder / f"reliability{suffix}.png", facts)
     _classes(folder / f"per_class{suffix}.png", facts, class_names)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Writes a matplotlib figure as PNG, whole or not at all."""
+    data = io.BytesIO()
+    figure.savefig(data, format="png")
+    write_aside(path, data.getvalue())
 
 
 @contextmanager

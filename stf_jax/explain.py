@@ -11,6 +11,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
+from stf_jax.charts import save_figure
 from stf_jax.checkpoint import Params
 from stf_jax.flow import flow_to_colour
 from stf_jax.fusion import segment_vectors
@@ -18,7 +19,7 @@ from stf_jax.index import some
 from stf_jax.inputs import Batch, InputSettings, compute_flow, flow_to_pixels, network_input
 from stf_jax.model import ActionNetwork, LateFusion, Network
 from stf_jax.predict import Predictor, Trained
-from stf_jax.prepare import RecordSettings, write_aside
+from stf_jax.prepare import RecordSettings
 
 STREAMS = ("rgb", "flow")
 
@@ -182,7 +183,7 @@ def draw(
 
     rows = _strips(explained, batch, stored)
     count = len(explained.heat)
-    figure = Figure(figsize=(12, 1.75 * count + 3.2), layout="constrained")
+    figure = Figure(figsize=(12, 1.75 * count + 3.2), dpi=110, layout="constrained")
     halves: Any = figure.subfigures(2, 1, height_ratios=(1.75 * count, 3.0))
     top, bottom = halves
     probability = explained.probabilities[explained.label]
@@ -202,16 +203,8 @@ def draw(
     left, right = bottom.subplots(1, 2)
     _draw_steps(left, explained, names)
     _draw_parts(right, explained)
-    _write(figure, path)
-
-
-def _write(figure, path: Path) -> None:
-    import io
-
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=110, format="png")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_aside(path, picture.getvalue())
+    save_figure(figure, path)
 
 
 def _strips(explained: Explanation, batch: Batch, stored: RecordSettings) -> dict[str, np.ndarray]:

@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import jinja2
 import numpy as np
-from flax import traverse_util
 from jax import export as jax_export
 from jaxtyping import Array, Float, UInt8
 
@@ -27,6 +26,7 @@ from stf_jax.datasets import load_index
 from stf_jax.evaluate import score_batch
 from stf_jax.flow import ZERO_FLOW
 from stf_jax.inputs import Batch, network_input
+from stf_jax.optim import by_path
 from stf_jax.pipeline import SamplingSettings
 from stf_jax.predict import Predictor, Trained
 from stf_jax.prepare import RecordSettings, write_aside
@@ -110,7 +110,7 @@ def signature(trained: Trained, results: Mapping[str, Any]) -> dict[str, Any]:
     settings = trained.settings
     specs = input_specs(Predictor.of(trained), "batch")
     count = len(trained.class_names)
-    leaves = traverse_util.flatten_dict(trained.params, sep="/")
+    leaves = by_path(trained.params)
     meanings = {
         "rgb": {"axes": "b t h w c", "unit": "0 to 255; channels red, green, blue"},
         "flow": {
@@ -351,7 +351,7 @@ def _write_safetensors(trained: Trained, facts: Mapping[str, str], path: Path) -
     from safetensors.numpy import save
 
     # The weights as trained: they may be trained on, and fold when they are loaded.
-    leaves = traverse_util.flatten_dict(trained.params, sep="/")
+    leaves = by_path(trained.params)
     tensors = {name: np.ascontiguousarray(leaf) for name, leaf in leaves.items()}
     # Its own way of writing makes a file that only its owner may read.
     path.write_bytes(save(tensors, {"format": "flax", **facts}))

@@ -20,6 +20,7 @@ from stf_jax.checkpoint import Params
 from stf_jax.evaluate import score_batch
 from stf_jax.inputs import Batch, compute_flow
 from stf_jax.model import Network, fold_pyramid
+from stf_jax.optim import by_path
 from stf_jax.pipeline import SamplingSettings, clip_indices, decode_clip
 from stf_jax.prepare import EncodedVideo, RecordSettings, encode_frames, encode_video
 from stf_jax.run import Run, Settings, allowed_mismatches, best_params
@@ -155,7 +156,7 @@ class Trained:
                 f"({error}); export the run again"
             ) from error
         class_names = tuple(data.pop("class_names"))
-        expected = traverse_util.flatten_dict(settings.abstract_params(len(class_names)), sep="/")
+        expected = by_path(settings.abstract_params(len(class_names)))
         differ = sorted(
             name
             for name in {*expected, *tensors}
@@ -174,7 +175,7 @@ class Trained:
     def digest(self) -> str:
         """SHA-256 of the weights: of the name, type, shape and bytes of each, sorted by name."""
         total = hashlib.sha256()
-        for name, leaf in sorted(traverse_util.flatten_dict(self.params, sep="/").items()):
+        for name, leaf in sorted(by_path(self.params).items()):
             array = np.asarray(leaf)
             total.update(f"{name} {array.dtype} {array.shape}\n".encode())
             total.update(np.ascontiguousarray(array).tobytes())

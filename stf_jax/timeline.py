@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from stf_jax import flow as optical_flow
+from stf_jax.charts import save_figure
 from stf_jax.prepare import Encoder, RecordSettings, write_aside
 from stf_jax.watch import FrameSource, Scored
 
@@ -202,9 +203,7 @@ def draw_timeline(
     scores.set_xlim(made[0].start, made[-1].end)
     scores.set_xlabel("seconds")
     figure.colorbar(mesh, ax=scores, label="probability", pad=0.01)
-    data = io.BytesIO()
-    figure.savefig(data, format="png")
-    write_aside(path, data.getvalue())
+    save_figure(figure, path)
 
 
 def _draw_labels(axes: Any, found: Sequence[Segment], colours: Mapping[str, str]) -> None:
