@@ -228,7 +228,7 @@ def _laptop(config: ConfigDict) -> None:
     config.batch_size = 4
     config.optimizer.weight_decay = 0.05
     config.stages.first.update(
-        learning_rate=1e-3, schedule="cosine", warmup_epochs=1.0, max_epochs=18, patience=18
+        learning_rate=1e-3, schedule="cosine", warmup_epochs=1.0, max_epochs=40, patience=40
     )
     config.stages.second.update(
         learning_rate=1e-4, schedule="cosine", warmup_epochs=0.0, max_epochs=3, patience=3
