@@ -17,7 +17,7 @@ from stf_jax.predict import Prediction
 from stf_jax.prepare import Encoder
 from stf_jax.report import flow_key, picture_uri
 from stf_jax.timeline import mean_probabilities, pieces
-from stf_jax.video import Limits, VideoFault, VideoReader
+from stf_jax.video import VideoFault, VideoReader
 from stf_jax.watch import (
     STAGES,
     WHOLE_FRAMES,
@@ -142,7 +142,9 @@ class Analyst:
 
     def _shortened(self, frames: int) -> WindowSettings:
         """Windows of a short video: some, so that there is a course to see."""
-        length = min(self._usual.length, float(max(self._sampling.num_frames, -(-frames // _PARTS))))
+        length = min(
+            self._usual.length, float(max(self._sampling.num_frames, -(-frames // _PARTS)))
+        )
         return dataclasses.replace(self._usual, length=length, hop=max(1.0, length // 2))
 
     def _scored(

@@ -2,9 +2,9 @@
 
     python -m stf_jax.app --workdir=runs/demo
 
---workdir may be an exported model.safetensors too. The page is for this machine alone, unless --host
-says otherwise. Videos are worked on one at a time, in a process of its own that is ended when it
-takes longer than --timeout; nothing of them is kept. Ctrl-C ends the program.
+--workdir may be an exported model.safetensors too. The page is for this machine alone, unless
+--host says otherwise. Videos are worked on one at a time, in a process of its own that is ended
+when it takes longer than --timeout; nothing of them is kept. Ctrl-C ends the program.
 """
 
 import argparse
@@ -46,6 +46,8 @@ try:
     from starlette.routing import Route
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 except ImportError as error:
+    if __name__ != "__main__":
+        raise
     sys.exit(f"error: the web app needs a library that is not there ({error}): make install")
 
 if TYPE_CHECKING:
@@ -81,7 +83,7 @@ class Allowance:
       max_megabytes: of a file, 10^6 bytes.
       max_seconds: of a video.
       timeout: of the work on one, seconds.
-      max_waiting: videos beside the one that is worked on, those that are still uploaded among them.
+      max_waiting: videos beside the one that is worked on; those still on their way count.
 
     Raises:
       ValueError: nothing would be allowed (names the flag).
@@ -328,7 +330,9 @@ class OwnPagesOnly:
         """Answers a request."""
         if scope["type"] != "http":
             return
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        headers = {
+            name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
+        }
 
         async def send_guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -348,7 +352,9 @@ class OwnPagesOnly:
         except ValueError:
             name = ""
         # No name stands for an address but itself.
-        if name not in self._names and not (is_loopback(name) if self._local else _is_address(name)):
+        if name not in self._names and not (
+            is_loopback(name) if self._local else _is_address(name)
+        ):
             return f"This server is not {host_header!r}: use the address that it printed."
         if origin is not None and urllib.parse.urlsplit(origin).netloc != host_header:
             return f"Requests of other pages ({origin}) are refused: use this server's own page."
@@ -359,7 +365,7 @@ def is_loopback(name: str) -> bool:
     """Whether an address reaches this machine only.
 
     Example:
-      >>> [is_loopback(name) for name in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "example.org")]
+      >>> [is_loopback(name) for name in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "a.org")]
       [True, True, True, False, False]
     """
     return name == "localhost" or (_is_address(name) and ipaddress.ip_address(name).is_loopback)
@@ -395,7 +401,9 @@ class Site:
             Route("/about", self._about),
             Route("/videos", self._video, methods=["POST"]),
         ]
-        return OwnPagesOnly(Starlette(routes=routes, exception_handlers={Exception: _say_fault}), bound)
+        return OwnPagesOnly(
+            Starlette(routes=routes, exception_handlers={Exception: _say_fault}), bound
+        )
 
     async def _page(self, request: Request) -> Response:
         environment = jinja2.Environment(
@@ -505,8 +513,8 @@ def plain_name(name: str) -> str:
     """What a file is called: the last part of its path, without what cannot be printed.
 
     Example:
-      >>> plain_name("../../etc/a\\tb.avi"), plain_name("C:\\\\videos\\\\a.avi"), plain_name("")
-      ('ab.avi', 'a.avi', 'video')
+      >>> plain_name("../../etc/a.avi"), plain_name(""), plain_name("C:" + chr(92) + "b.avi")
+      ('a.avi', 'video', 'b.avi')
     """
     last = name.replace("\\", "/").rpartition("/")[2]
     return "".join(c for c in last if c.isprintable())[:_LONGEST_NAME] or "video"
@@ -536,7 +544,9 @@ def listen(name: str, port: int) -> socket.socket:
     except OSError as error:
         opened.close()
         if error.errno == errno.EADDRINUSE:
-            advice = f"end what uses it, or choose another: --port={port + 1}, or 0 for any free one"
+            advice = (
+                f"end what uses it, or choose another: --port={port + 1}, or 0 for any free one"
+            )
             raise OSError(f"port {port} of {name} is in use: {advice}") from error
         raise OSError(f"cannot listen at --host={name} --port={port}: {error.strerror}") from error
     return opened
