@@ -178,10 +178,9 @@ def draw(
       names: of the classes.
       path: of the picture.
     """
-    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    rows = _strips(explained, batch, stored)
+    rows, _ = clip_pictures(explained, batch, stored)
     count = len(explained.heat)
     figure = Figure(figsize=(12, 1.75 * count + 3.2), dpi=110, layout="constrained")
     halves: Any = figure.subfigures(2, 1, height_ratios=(1.75 * count, 3.0))
@@ -192,10 +191,7 @@ def draw(
     axes = top.subplots(count, len(shown), squeeze=False)
     for (name, pictures), line in zip(rows.items(), axes, strict=True):
         for frame, ax in zip(shown.astype(int), line, strict=True):
-            heat = explained.heat[name][frame]
-            over = colormaps["inferno"](heat)[..., :3] * 255
-            share = 0.65 * heat[..., None]
-            ax.imshow(np.rint((1 - share) * pictures[frame] + share * over).astype(np.uint8))
+            ax.imshow(with_heat(pictures[frame], explained.heat[name][frame]))
             ax.set(xticks=[], yticks=[], title=f"frame {frame + 1}")
             ax.title.set_fontsize(8)
         gain = explained.stream_gain[name]
@@ -207,8 +203,20 @@ def draw(
     save_figure(figure, path)
 
 
-def _strips(explained: Explanation, batch: Batch, stored: RecordSettings) -> dict[str, np.ndarray]:
-    """By stream the pictures that the heat lies over: uint8 `t h w 3`, the centre crop."""
+def clip_pictures(
+    explained: Explanation, batch: Batch, stored: RecordSettings
+) -> tuple[dict[str, np.ndarray], float]:
+    """The pictures that the heat lies over.
+
+    Args:
+      explained: what `explain` returns for the batch.
+      batch: the clip.
+      stored: how the records hold it.
+
+    Returns:
+      By stream, uint8 `t h w 3`, the centre crop; and the speed that is drawn in full colour, px
+      per frame.
+    """
     rgb = np.asarray(batch.rgb[0])
     size = next(iter(explained.heat.values())).shape[1]
     begin = (rgb.shape[1] - size) // 2
@@ -221,7 +229,16 @@ def _strips(explained: Explanation, batch: Batch, stored: RecordSettings) -> dic
     # The fastest hundredth is left out, so that one bad vector does not pale all the others.
     fastest = max(float(np.percentile(np.hypot(flow[..., 0], flow[..., 1]), 99)), 0.25)
     pictures["flow"] = np.stack([flow_to_colour(field, fastest) for field in flow])
-    return {name: pictures[name] for name in explained.heat}
+    return {name: pictures[name] for name in explained.heat}, fastest
+
+
+def with_heat(picture: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """A picture with heat over it, both `h w`: the more, the stronger. RGB, uint8."""
+    from matplotlib import colormaps
+
+    over = colormaps["inferno"](heat)[..., :3] * 255
+    share = 0.65 * heat[..., None]
+    return np.rint((1 - share) * picture + share * over).astype(np.uint8)
 
 
 def _draw_steps(ax, explained: Explanation, names: tuple[str, ...]) -> None:

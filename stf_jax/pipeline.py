@@ -322,6 +322,18 @@ def decode_clip(
 
 
 @functools.lru_cache(maxsize=64)
+def evaluation_frames(video_frames: int, settings: SamplingSettings) -> tuple[int, ...]:
+    """The frames of a video's evaluation clip, `num_frames` of them, in order.
+
+    Args:
+      video_frames: decoded frames of the video, at least 1; the last one stands for missing ones.
+      settings: how it is sampled.
+    """
+    total = tf.constant(video_frames, tf.int32)
+    wanted = clip_indices(total, settings, seed=None)
+    return tuple(frame_indices(wanted, total).numpy().tolist())
+
+
 def evaluation_reads(
     video_frames: int, settings: SamplingSettings, stored: RecordSettings
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -351,7 +351,7 @@ def _page_contents(workdirs: Sequence[Path], out: Path | None) -> dict[str, Any]
         "clips_of_pairs": _clips_of_pairs(runs, clips),
         "num_samples": len({(s.video_id) for run in runs for s in run.samples}),
         "flow_scale": scale,
-        "flow_key": _flow_key(scale) if clips else None,
+        "flow_key": flow_key(scale) if clips else None,
         "agreement": _agreement(runs),
         "config": _settings([run.config for run in runs]),
         "environment": _settings([run.results["environment"] for run in runs]),
@@ -675,8 +675,8 @@ def _pictures(sample: Sample, scale: float) -> tuple[Picture, ...]:
     return tuple(
         Picture(
             number=int(i) + 1,
-            frame=_picture_uri(sample.frames[i]),
-            flow=_picture_uri(flow_to_colour(sample.flow[i], scale)),
+            frame=picture_uri(sample.frames[i]),
+            flow=picture_uri(flow_to_colour(sample.flow[i], scale)),
             in_strip=bool(i in strip),
         )
         for i in moments
@@ -694,15 +694,15 @@ def _flow_scale(samples: Sequence[Sample]) -> float:
     return max(round(float(max(speeds)), 1), 0.5)
 
 
-def _flow_key(scale: float, size: int = 96) -> str:
+def flow_key(scale: float, size: int = 96) -> str:
     """A picture of the colour code: the motion at each place points away from the centre."""
     from stf_jax.flow import flow_to_colour
 
     axis = np.linspace(-scale, scale, size, dtype=np.float32)
-    return _picture_uri(flow_to_colour(np.stack(np.meshgrid(axis, axis), axis=-1), scale))
+    return picture_uri(flow_to_colour(np.stack(np.meshgrid(axis, axis), axis=-1), scale))
 
 
-def _picture_uri(image: UInt8[np.ndarray, "h w 3"]) -> str:
+def picture_uri(image: UInt8[np.ndarray, "h w 3"]) -> str:
     """The picture as a data URI (JPEG with full colour resolution), no larger than it is shown."""
     from PIL import Image
 

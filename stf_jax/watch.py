@@ -21,6 +21,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from stf_jax import flow as optical_flow
+from stf_jax.inputs import Batch
 from stf_jax.layouts import videos_below
 from stf_jax.pipeline import SamplingSettings, evaluation_reads
 from stf_jax.predict import Prediction, Predictor
@@ -506,6 +507,18 @@ class Watcher:
         Returns:
           The prediction and the seconds that flow, packing and the network took.
         """
+        clip, times = self.clip(window, encoder)
+        begun = time.perf_counter()
+        probabilities = self.predictor.score_clip(clip)
+        times.append(time.perf_counter() - begun)
+        return Prediction(self.predictor.class_names, probabilities), times
+
+    def clip(self, window: Sequence[Taken], encoder: Encoder) -> tuple[Batch, list[float]]:
+        """What the network sees of a window, as a batch of one.
+
+        Returns:
+          The clip and the seconds that flow and packing took.
+        """
         settings = self.predictor.settings
         reads = evaluation_reads(len(window), settings.sampling, settings.records)
         frames, needed = reads
@@ -522,10 +535,7 @@ class Watcher:
             fields[k] = window[places[k]].field or b""
         clip = self.predictor.pack(tuple(stored), tuple(fields))
         times.append(time.perf_counter())
-        probabilities = self.predictor.score_clip(clip)
-        times.append(time.perf_counter())
-        prediction = Prediction(self.predictor.class_names, probabilities)
-        return prediction, np.diff(times).tolist()
+        return clip, np.diff(times).tolist()
 
     def _compute_fields(
         self, window: Sequence[Taken], needed: Sequence[int], encoder: Encoder
@@ -619,11 +629,16 @@ class Watching:
         prediction, times = self._watcher.score(window, self._encoder)
         latency = dict(zip(STAGES, (self._cost, *times), strict=True))
         self._cost = 0.0
-        first, last = window[0], window[-1]
-        gaps = last.number - first.number
-        period = (last.seconds - first.seconds) / gaps if gaps else 0.04
-        lag = time.perf_counter() - last.arrived
-        return Scored(first.seconds, last.seconds + period, len(window), prediction, latency, lag)
+        lag = time.perf_counter() - window[-1].arrived
+        return Scored(*span(window), len(window), prediction, latency, lag)
+
+
+def span(window: Sequence[Taken]) -> tuple[float, float]:
+    """When the first frame of a window begins and its last one ends, seconds."""
+    first, last = window[0], window[-1]
+    gaps = last.number - first.number
+    period = (last.seconds - first.seconds) / gaps if gaps else 0.04
+    return first.seconds, last.seconds + period
 
 
 class _Black:

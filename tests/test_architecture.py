@@ -19,7 +19,7 @@ WALK = (
     "datasets prepare shards records augment inputs views pipeline convolution vgg streams fusion "
     "recurrent model metrics scores charts optim parallel hosts checkpoint transfer run evaluate "
     "monitor train cost predict watch timeline explain onnx_graph export wording curves report "
-    "doctor main"
+    "analysis app doctor main"
 ).split()
 MODULES = {path.stem: path for path in (ROOT / "stf_jax").glob("*.py") if path.stem != "__init__"}
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))

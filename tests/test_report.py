@@ -466,7 +466,7 @@ def test_picture_keeps_its_colours_and_is_shrunk():
     image = np.zeros((320, 640, 3), np.uint8)
     image[:, :320] = (250, 20, 20)
     image[:, 320:] = (20, 20, 250)
-    uri = report._picture_uri(image)
+    uri = report.picture_uri(image)
     picture = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
     assert picture.size == (160, 80)
     assert np.allclose(picture.getpixel((20, 40)), (250, 20, 20), atol=12)
