@@ -321,7 +321,6 @@ def decode_clip(
     return rgb, tf.reshape(stacks, [count, 2 * settings.flow_frames, size, size])
 
 
-@functools.lru_cache(maxsize=64)
 def evaluation_frames(video_frames: int, settings: SamplingSettings) -> tuple[int, ...]:
     """The frames of a video's evaluation clip, `num_frames` of them, in order.
 
@@ -334,6 +333,7 @@ def evaluation_frames(video_frames: int, settings: SamplingSettings) -> tuple[in
     return tuple(frame_indices(wanted, total).numpy().tolist())
 
 
+@functools.lru_cache(maxsize=64)
 def evaluation_reads(
     video_frames: int, settings: SamplingSettings, stored: RecordSettings
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
