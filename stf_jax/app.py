@@ -596,9 +596,11 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--workdir", required=True, help="folder of the run, or an exported model.safetensors")
     add("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
     add("--port", type=int, default=7860, help="0 takes any free one (default: %(default)s)")
-    add("--max_megabytes", type=float, default=200, help="of a file (default: %(default)s)")
-    add("--max_seconds", type=float, default=60, help="of a video (default: %(default)s)")
-    add("--timeout", type=float, default=120, help="seconds of work on one (default: %(default)s)")
+    add("--max_megabytes", type=float, default=200.0, help="of a file (default: %(default)g)")
+    add("--max_seconds", type=float, default=60.0, help="of a video (default: %(default)g)")
+    add(
+        "--timeout", type=float, default=120.0, help="seconds of work on one (default: %(default)g)"
+    )
     add("--max_waiting", type=int, default=4, help="videos that may wait (default: %(default)s)")
     options = parser.parse_args(argv)
     if not 0 <= options.port <= 65535:
