@@ -574,6 +574,11 @@ async def serve(desk: Desk, site: ASGIApp, opened: socket.socket) -> str:
         except (ValueError, OSError, ImportError, RuntimeError) as error:
             server.should_exit = True
             return str(error)
+        except Exception as error:
+            # Nobody waits for this task: it would be a page that loads for ever.
+            logging.exception("the network could not be loaded")
+            server.should_exit = True
+            return f"{desk.source} could not be loaded ({error!r})"
         print(f"loaded and compiled in {time.monotonic() - begun:.1f} s", flush=True)
         return ""
 
