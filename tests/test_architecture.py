@@ -5,6 +5,7 @@ import importlib
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,20 @@ def test_stage_order_must_name_the_stages():
     config.stage_order = ("first", "secnd")
     with pytest.raises(ValueError, match="secnd"):
         Settings.of(config)
+
+
+@pytest.mark.parametrize("place", ["stf_jax", "experiments", "configs", "tests"])
+def test_the_linter_finds_undefined_names(place):
+    """Shape strings once had this rule switched off, for the package and for the type checker."""
+    code = "import numpy as np\nfrom jaxtyping import Float\n\n\n"
+    code += 'def f(x: Float[np.ndarray, "b k"]) -> int:\n    """One."""\n    return absent\n'
+    done = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "-n", f"--stdin-filename={place}/x.py", "-"],
+        cwd=ROOT, input=code, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "F821 Undefined name `absent`" in done.stdout
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["mypy"]
+    assert "disable_error_code" not in settings
 
 
 def test_no_test_hides_behind_a_bare_skip():
