@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import re
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from stf_jax.run import Settings
+from stf_jax.run import Settings, check_config_keys
 
 ROOT = Path(__file__).parent.parent
 # The walk: a module imports only modules that come before it.
@@ -129,6 +130,15 @@ def test_cards_share_their_keys():
 
     first, *rest = [set(keys(_load(path))) for path in CONFIGS]
     assert all(other == first for other in rest)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_stored_configurations_are_held_to_the_keys_of_the_cards(path):
+    config = _load(path)
+    check_config_keys(json.loads(config.to_json_best_effort()), path, "")
+    del config.records.tvl1.warps
+    with pytest.raises(ValueError, match="missing: records.tvl1.warps"):
+        check_config_keys(json.loads(config.to_json_best_effort()), path, "")
 
 
 def test_every_top_level_key_is_read():
