@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from flax import traverse_util
 

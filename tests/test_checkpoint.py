@@ -257,9 +257,7 @@ def test_a_folder_that_vanishes_is_an_error_of_the_next_save(tmp_path):
 
 def test_an_empty_folder_says_that_there_is_none(tmp_path):
     checkpoints = Checkpoints(tmp_path / "c", keep=2)
-    with pytest.raises(
-        FileNotFoundError, match=r"holds no checkpoint: expected .*Restore .*backup"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint: expected .*Restore .*backup"):
         checkpoints.restore(TREE)
     checkpoints.close()
 
