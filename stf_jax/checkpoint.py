@@ -166,9 +166,9 @@ class Checkpoints:
           Its step, tree (of numpy arrays) and record.
 
         Raises:
-          FileNotFoundError: there is none, or it vanished while it was read.
+          FileNotFoundError: there is none.
           ValueError: it holds other leaves (lists them).
-          OSError: all are damaged (says how).
+          OSError: all are damaged, or it was removed while it was read (says how).
         """
         self.wait()
         chosen, name = hosts.from_first(lambda: self._choose(set_aside, step))
@@ -179,10 +179,14 @@ class Checkpoints:
         try:
             record = json.loads((path / "record.json").read_text(encoding="utf-8"))
             return chosen, _read(path, like, part), record
-        except FileNotFoundError as error:
-            raise FileNotFoundError(
-                f"{path} was whole and vanished while it was read ({error}); expected {_CONTENT} "
-                f"in it. {self._advice()}"
+        except (OSError, ValueError, AttributeError) as error:
+            # Orbax fails in many ways where a file is gone.
+            damage = _damage(path)
+            if not damage:
+                raise
+            raise OSError(
+                f"{path} was whole and changed while it was read: now {damage}; expected "
+                f"{_CONTENT} in it. {self._advice()}"
             ) from error
 
     def _choose(self, set_aside: bool, step: int | None) -> tuple[int, str]:

@@ -193,7 +193,7 @@ def draw(
     told = f"why '{names[explained.label]}' ({probability:.1%})"
     told += f", truly '{truth}'" if truth else ""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with picture(path, 12, 1.75 * count + 3.2, dots=110) as figure:
+    with picture(path, 12.0, 1.75 * count + 3.2, dots=110) as figure:
         halves: Any = figure.subfigures(2, 1, height_ratios=(1.75 * count, 3.0))
         top, bottom = halves
         figure.suptitle(told, fontsize=13)

@@ -189,7 +189,7 @@ def draw_timeline(
     shown += [class_names.index(label) for label in {s.label: 0 for s in found}]
     shown = list(dict.fromkeys(shown))
     heights = 1, max(2, len(shown)) * 0.6
-    with picture(path, 10, 1.6 + 0.32 * len(shown), dots=120) as figure:
+    with picture(path, 10.0, 1.6 + 0.32 * len(shown), dots=120) as figure:
         labels, scores = figure.subplots(2, 1, sharex=True, height_ratios=heights)
         _draw_labels(labels, found, {class_names[k]: f"C{n % 10}" for n, k in enumerate(shown)})
         labels.set_title(name, fontsize=10, loc="left")
