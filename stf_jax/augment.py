@@ -254,7 +254,7 @@ def mixup_shares(
     return jnp.where(mask & next_row(mask), jnp.maximum(share, 1 - share), 1.0)
 
 
-def mix(rows: Float[Array, "b *rest"], share: Float32[Array, " b"]) -> Float[Array, "b *rest"]:
+def mix(rows: Float[Array, " b *rest"], share: Float32[Array, " b"]) -> Float[Array, " b *rest"]:
     """Each row mixed with the next one: clips, or their losses on either's label."""
     own = share.reshape(-1, *(1,) * (rows.ndim - 1)).astype(rows.dtype)
     return own * rows + (1 - own) * next_row(rows)

@@ -27,32 +27,39 @@ def write_charts(
       class_names: the classes.
       suffix: put at the end of the files' names, before '.png'.
     """
-    # Between two of these the library would read a formula.
-    class_names = [name.replace("$", r"\$") for name in class_names]
     _confusion(folder / f"confusion{suffix}.png", facts, class_names)
     _reliability(folder / f"reliability{suffix}.png", facts)
     _classes(folder / f"per_class{suffix}.png", facts, class_names)
 
 
-def save_figure(figure: Any, path: Path) -> None:
-    """Writes a matplotlib figure as PNG, whole or not at all."""
-    data = io.BytesIO()
-    figure.savefig(data, format="png")
-    write_aside(path, data.getvalue())
+@contextmanager
+def literal_texts() -> Iterator[None]:
+    """While it lasts matplotlib draws names as they are: between two '$' it sees no formula."""
+    import matplotlib  # costs a second: only who draws pays
+
+    with matplotlib.rc_context({"text.parse_math": False}):
+        yield
 
 
 @contextmanager
-def _figure(path: Path, width: float, height: float) -> Iterator[Any]:
-    """Axes of a figure, inches, that is saved and closed at the end."""
-    # Costs a second to import: only who draws pays.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def picture(path: Path, width: float, height: float, dots: int = _DOTS) -> Iterator[Any]:
+    """A matplotlib figure that is written as PNG at the end, whole or not at all.
+
+    Args:
+      path: of the file; its folder is there.
+      width: inches.
+      height: inches.
+      dots: per inch.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    yield figure.subplots()
-    # Without the library's version: the same figures make the same bytes.
-    figure.savefig(path, dpi=_DOTS, metadata={"Software": None})
+    with literal_texts():
+        figure = Figure(figsize=(width, height), dpi=dots, layout="constrained")
+        yield figure
+        data = io.BytesIO()
+        # Without the library's version: the same figures make the same bytes.
+        figure.savefig(data, format="png", metadata={"Software": None})
+    write_aside(path, data.getvalue())
 
 
 def _title(facts: Mapping[str, Any]) -> str:
@@ -68,9 +75,10 @@ def _confusion(path: Path, facts: Mapping[str, Any], names: Sequence[str]) -> No
     number = len(names)
     # Large enough for the names at 6 pt where there are many.
     side = max(5.0, 2.5 + (0.5 if number <= _NUMBERED else 0.12) * number)
-    with _figure(path, side + 1.0, side) as axes:
-        picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-        axes.figure.colorbar(picture, ax=axes, label="share of the true class", shrink=0.8)
+    with picture(path, side + 1.0, side) as figure:
+        axes = figure.subplots()
+        shown = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        figure.colorbar(shown, ax=axes, label="share of the true class", shrink=0.8)
         size = 9 if number <= _NUMBERED else 6
         axes.set_xticks(range(number), names, rotation=90, fontsize=size)
         axes.set_yticks(range(number), names, fontsize=size)
@@ -86,7 +94,8 @@ def _confusion(path: Path, facts: Mapping[str, Any], names: Sequence[str]) -> No
 def _reliability(path: Path, facts: Mapping[str, Any]) -> None:
     bins = facts["calibration"]
     filled = [row for row in bins if row["count"]]
-    with _figure(path, 6.0, 5.5) as axes:
+    with picture(path, 6.0, 5.5) as figure:
+        axes = figure.subplots()
         axes.plot([0, 1], [0, 1], "--", color=_GREY, label="calibrated")
         widths = [row["high"] - row["low"] for row in filled]
         axes.bar(
@@ -129,7 +138,8 @@ def _classes(path: Path, facts: Mapping[str, Any], names: Sequence[str]) -> None
     precision = np.array([np.nan if value is None else value for value in facts["precision"]])
     bounds = [pair or (np.nan, np.nan) for pair in facts["recall_interval95"]]
     low, high = np.array(bounds, float).T
-    with _figure(path, 8.0, 1.6 + (0.45 if few else 0.15) * number) as axes:
+    with picture(path, 8.0, 1.6 + (0.45 if few else 0.15) * number) as figure:
+        axes = figure.subplots()
         axes.barh(place, recall, color=_BLUE, alpha=0.5, label="recall")
         axes.hlines(place, low, high, color="black", lw=1, label="95 % interval of recall")
         axes.plot(precision, place, "D", ms=5 if few else 3, color="#c2571a", label="precision")
@@ -140,4 +150,4 @@ def _classes(path: Path, facts: Mapping[str, Any], names: Sequence[str]) -> None
         axes.set_xlabel("recall and precision (counts after the names)")
         axes.grid(axis="x", alpha=0.3)
         axes.set_axisbelow(True)
-        axes.figure.legend(loc="outside lower center", ncols=3, fontsize=8)
+        figure.legend(loc="outside lower center", ncols=3, fontsize=8)

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent import futures
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,8 @@ for _chatty in ("absl", "jax"):
 
 
 _DIGESTS = "digests.json"
+# What a whole checkpoint holds, for people.
+_CONTENT = f"tree/, record.json and {_DIGESTS}"
 # Left free beside what a save needs, bytes: logs and reports are written too.
 _SPARE = 64 * 2**20
 # Arrays of about so many bytes are read back at a time to verify a save.
@@ -96,10 +98,12 @@ class Checkpoints:
         """Makes sure that a tree (arrays or their shapes) can be saved.
 
         Raises:
-          OSError: the disk is too full (says what is needed and what is free).
+          OSError: the disk is too full (says what is needed and what is free), or the folder is
+            gone.
         """
         if not hosts.leads():
             return
+        self._check_there()
         needed = _bytes(tree) * self._copies + _SPARE
         free = shutil.disk_usage(self._folder).free
         if free < needed:
@@ -138,6 +142,7 @@ class Checkpoints:
         (step, future), self._saving = self._saving, None
         error = future.exception()
         if error is not None:
+            self._check_there()
             latest = self.latest_step()
             remains = "no step is saved" if latest is None else f"the last saved step is {latest}"
             raise OSError(
@@ -163,7 +168,7 @@ class Checkpoints:
         Raises:
           FileNotFoundError: there is none.
           ValueError: it holds other leaves (lists them).
-          OSError: all are damaged (says how).
+          OSError: all are damaged, or it was removed while it was read (says how).
         """
         self.wait()
         chosen, name = hosts.from_first(lambda: self._choose(set_aside, step))
@@ -171,8 +176,18 @@ class Checkpoints:
         damage = "" if hosts.leads() else _damage(path)
         if damage:
             raise OSError(f"{path}: whole in process 0, but here {damage}: see to the file system")
-        record = json.loads((path / "record.json").read_text(encoding="utf-8"))
-        return chosen, _read(path, like, part), record
+        try:
+            record = json.loads((path / "record.json").read_text(encoding="utf-8"))
+            return chosen, _read(path, like, part), record
+        except (OSError, ValueError, AttributeError) as error:
+            # Orbax fails in many ways where a file is gone.
+            damage = _damage(path)
+            if not damage:
+                raise
+            raise OSError(
+                f"{path} was whole and changed while it was read: now {damage}; expected "
+                f"{_CONTENT} in it. {self._advice()}"
+            ) from error
 
     def _choose(self, set_aside: bool, step: int | None) -> tuple[int, str]:
         """Step and folder of the newest whole checkpoint; see `restore`."""
@@ -180,7 +195,9 @@ class Checkpoints:
         if not found:
             told = "checkpoint" if step is None else f"checkpoint of step {step}"
             raise FileNotFoundError(
-                f"{self._folder} holds no {told}. Train first, or name the right --workdir."
+                f"{self._folder} holds no {told}: expected a folder there that is named by its "
+                f"step and holds {_CONTENT}. Train first, or name the right --workdir. If there "
+                f"was one: {self._advice()}"
             )
         damages: list[str] = []
         for copy in found:
@@ -193,9 +210,23 @@ class Checkpoints:
             aside = f"; set aside as {_set_aside(copy.path)}" if set_aside else ""
             progress.say(f"{self._folder}: {damages[-1]}{aside}")
         raise OSError(
-            f"{self._folder}: no checkpoint is whole ({'; '.join(damages)}). Restore the folder "
-            f"from a backup, or remove {self._folder.parent} to train this stage again",
+            f"{self._folder}: no checkpoint is whole ({'; '.join(damages)}). {self._advice()}"
         )
+
+    def _advice(self) -> str:
+        return (
+            f"Restore {self._folder} from a backup, or remove {self._folder.parent} to train this "
+            "stage again"
+        )
+
+    def _check_there(self) -> None:
+        """Says more than "no such file" of a folder that was there when the run began."""
+        if not self._folder.is_dir():
+            raise FileNotFoundError(
+                f"{self._folder} is gone: it was there when this program began, and held the "
+                "checkpoints of this stage. It was removed, renamed or unmounted since. Bring it "
+                "back, and the same command goes on from its last step"
+            )
 
     def close(self) -> None:
         """Waits for a save under way and ends its thread.
@@ -210,6 +241,7 @@ class Checkpoints:
 
     def _found(self) -> list[_Copy]:
         """Every copy of every step, the newest first; speaks once of what does not belong here."""
+        self._check_there()
         found, strays = [], []
         for path in sorted(self._folder.iterdir()):
             match = re.fullmatch(r"(\d+)(?:\.copy(\d+))?", path.name)
@@ -377,45 +409,68 @@ def _read_part(path: Path, like: Any, prefix: str) -> Any:
     )
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(leaf.shape) for name, leaf in by_path(tree).items()}
+def misfit(path: str, have: Any, want: Any) -> str:
+    """How a tensor (an array, or its shape and type) differs from what is expected; '' if not.
+
+    Args:
+      path: its name.
+      have: the tensor; None if it is missing.
+      want: what is expected; None if nothing of this name is.
+
+    Example:
+      >>> misfit("head/bias", np.zeros(5), np.zeros(2))
+      'mismatched: head/bias is (5,), expected (2,)'
+    """
+    if have is None:
+        return f"missing: {path} {tuple(want.shape)}"
+    if want is None:
+        return f"extra: {path} {tuple(have.shape)}"
+    if tuple(have.shape) != tuple(want.shape):
+        return f"mismatched: {path} is {tuple(have.shape)}, expected {tuple(want.shape)}"
+    kinds = np.dtype(have.dtype), np.dtype(want.dtype)
+    return f"mismatched: {path} is {kinds[0]}, expected {kinds[1]}" * (kinds[0] != kinds[1])
 
 
-def _dtypes(tree: Any) -> dict[str, np.dtype]:
-    return {name: np.dtype(leaf.dtype) for name, leaf in by_path(tree).items()}
+def misfits(have: Mapping[str, Any], want: Mapping[str, Any]) -> list[str]:
+    """`misfit` of all tensors, by their paths: the expected ones, then the extra ones."""
+    pairs = {path: (have[path] if path in have else None, leaf) for path, leaf in want.items()}
+    pairs |= {path: (leaf, None) for path, leaf in have.items() if path not in want}
+    return [told for path, pair in pairs.items() if (told := misfit(path, *pair))]
+
+
+def unfitting(what: str, faults: Sequence[str], advice: str) -> ValueError:
+    """The error of tensors that are not the network's.
+
+    Args:
+      what: holds them, for people.
+      faults: by `misfit`; the first 20 are shown.
+      advice: what to do.
+    """
+    shown = "\n  ".join(faults[:20]) + f"\n  and {len(faults) - 20} more" * (len(faults) > 20)
+    return ValueError(
+        f"{what}: its tensors are not those of the network of this configuration:\n"
+        f"  {shown}\n{advice}"
+    )
 
 
 def _check_same_leaves(stored: Any, like: Any, where: Path) -> None:
-    have, want = _shapes(stored), _shapes(like)
-    faults = [f"missing: {name} {want[name]}" for name in want if name not in have]
-    faults += [f"extra: {name} {have[name]}" for name in have if name not in want]
-    faults += [
-        f"mismatched: {name} is {have[name]}, expected {want[name]}"
-        for name in want
-        if name in have and have[name] != want[name]
-    ]
-    kinds = _dtypes(stored), _dtypes(like)
-    faults += [
-        f"mismatched: {name} is {kinds[0][name]}, expected {kinds[1][name]}"
-        for name in want
-        if name in have and kinds[0][name] != kinds[1][name]
-    ]
+    faults = misfits(by_path(stored), by_path(like))
     if faults:
-        shown = "\n  ".join(faults[:20]) + (
-            f"\n  and {len(faults) - 20} more" if len(faults) > 20 else ""
-        )
-        raise ValueError(
-            f"{where} does not fit the network of this configuration:\n  {shown}\n"
-            "Use the configuration that it was trained with (config.json beside it)."
-        )
+        advice = "Use the configuration that it was trained with (config.json of its run)."
+        raise unfitting(str(where), faults, advice)
 
 
 def digest_of(tree: Any) -> str:
-    """A digest of every bit of a tree of arrays; every process must ask."""
+    """SHA-256 of a tree of arrays; every process must ask.
+
+    Of the name, type, shape and bytes of each, sorted by name. Exported files state it of their
+    weights (`signature.json`), so it must stay as it is.
+    """
     total = hashlib.sha256()
-    for name, array in on_host(by_path(tree)).items():
-        total.update(f"{name} {array.shape} {array.dtype} ".encode() + array.tobytes())
-    return total.hexdigest()[:16]
+    for name, array in sorted(on_host(by_path(tree)).items()):
+        total.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        total.update(array.tobytes())
+    return total.hexdigest()
 
 
 def count_parameters(params: Params) -> int:

@@ -364,7 +364,7 @@ def score_again(
       ValueError: the run was trained on some of the videos, or for something else.
     """
     settings = _viewed(run.settings(), views or {})
-    stored = run.read_json("data.json")["stamp"]
+    stored = run.read_json("data.json", "stamp")["stamp"]
     index = load_index({**settings.config.data, **changes})
     stamp = stamp_of(index, settings)
     # Another folder may be the same videos in another place: then nothing has changed.

@@ -11,7 +11,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
-from stf_jax.charts import save_figure
+from stf_jax.charts import picture
 from stf_jax.checkpoint import Params
 from stf_jax.flow import flow_to_colour
 from stf_jax.fusion import segment_vectors
@@ -167,9 +167,17 @@ _SHOWN = 8  # frames
 
 
 def draw(
-    explained: Explanation, batch: Batch, stored: RecordSettings, names: tuple[str, ...], path: Path
+    explained: Explanation,
+    batch: Batch,
+    stored: RecordSettings,
+    names: tuple[str, ...],
+    path: Path,
+    truth: str = "",
 ) -> None:
     """Draws an explanation: frames and flow with the heat over them, steps, levels (PNG).
+
+    Frames are dark where there is no heat. Flow keeps its colours, which mean directions; on both,
+    lines run where the heat is a third and two thirds of its largest value in the clip.
 
     Args:
       explained: what `explain` returns for the batch.
@@ -177,30 +185,40 @@ def draw(
       stored: how the records hold it.
       names: of the classes.
       path: of the picture.
+      truth: the true class, for the title; '' leaves it out.
     """
-    from matplotlib.figure import Figure
-
     rows, _ = clip_pictures(explained, batch, stored)
     count = len(explained.heat)
-    figure = Figure(figsize=(12, 1.75 * count + 3.2), dpi=110, layout="constrained")
-    halves: Any = figure.subfigures(2, 1, height_ratios=(1.75 * count, 3.0))
-    top, bottom = halves
     probability = explained.probabilities[explained.label]
-    figure.suptitle(f"why '{names[explained.label]}' ({probability:.1%})", fontsize=13)
-    shown = np.linspace(0, batch.rgb.shape[1] - 1, min(_SHOWN, batch.rgb.shape[1])).round()
-    axes = top.subplots(count, len(shown), squeeze=False)
+    told = f"why '{names[explained.label]}' ({probability:.1%})"
+    told += f", truly '{truth}'" if truth else ""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with picture(path, 12.0, 1.75 * count + 3.2, dots=110) as figure:
+        halves: Any = figure.subfigures(2, 1, height_ratios=(1.75 * count, 3.0))
+        top, bottom = halves
+        figure.suptitle(told, fontsize=13)
+        _draw_heat(top, explained, rows)
+        left, right = bottom.subplots(1, 2)
+        _draw_steps(left, explained, names)
+        _draw_parts(right, explained)
+
+
+def _draw_heat(figure: Any, explained: Explanation, rows: dict[str, np.ndarray]) -> None:
+    frames = len(next(iter(rows.values())))
+    shown = np.linspace(0, frames - 1, min(_SHOWN, frames)).round().astype(int)
+    axes = figure.subplots(len(rows), len(shown), squeeze=False)
     for (name, pictures), line in zip(rows.items(), axes, strict=True):
-        for frame, ax in zip(shown.astype(int), line, strict=True):
-            ax.imshow(with_heat(pictures[frame], explained.heat[name][frame]))
+        for frame, ax in zip(shown, line, strict=True):
+            heat = explained.heat[name][frame]
+            light = 1.0 if name == "flow" else 0.35 + 0.65 * heat[..., None]
+            ax.imshow(np.rint(light * pictures[frame]).astype(np.uint8))
+            for ink, width in (("white", 2.2), ("black", 0.9)):
+                if heat.max() > 1 / 3:
+                    ax.contour(heat, levels=[1 / 3, 2 / 3], colors=ink, linewidths=width)
             ax.set(xticks=[], yticks=[], title=f"frame {frame + 1}")
             ax.title.set_fontsize(8)
         gain = explained.stream_gain[name]
         line[0].set_ylabel(f"{name}\nlogit without it {-gain:+.2f}", fontsize=9)
-    left, right = bottom.subplots(1, 2)
-    _draw_steps(left, explained, names)
-    _draw_parts(right, explained)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_figure(figure, path)
 
 
 def clip_pictures(
@@ -246,14 +264,16 @@ def _draw_steps(ax, explained: Explanation, names: tuple[str, ...]) -> None:
     order = np.argsort(-explained.probabilities)[:4].tolist()
     classes = list(dict.fromkeys([explained.label, *order]))[:4]
     steps = np.arange(len(explained.step_probabilities))
-    width = 0.8 / len(classes)
+    width, bars = 0.8 / len(classes), []
     for number, label in enumerate(classes):
         place = steps + (number - (len(classes) - 1) / 2) * width
-        ax.bar(place, explained.step_probabilities[:, label], width, label=names[label])
+        bars.append(ax.bar(place, explained.step_probabilities[:, label], width))
     ax.set(xticks=steps, xticklabels=[f"step {step + 1}" for step in steps], ylim=(0, 1.3))
     ax.set(yticks=np.linspace(0, 1, 6), ylabel="probability")
     ax.set_title("each recurrent step by itself")
-    ax.legend(fontsize=8, frameon=False, loc="upper center", ncols=2)  # above the bars
+    # Handed over: of itself the legend leaves out names that begin with an underscore.
+    told = [names[label] for label in classes]
+    ax.legend(bars, told, fontsize=8, frameon=False, loc="upper center", ncols=2)  # above the bars
 
 
 def _draw_parts(ax, explained: Explanation) -> None:

@@ -219,8 +219,8 @@ class _ClipDropout(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b *rest"], rows: Int[Array, " b"]
-    ) -> Float[Array, "b *rest"]:
+        self, x: Float[Array, " b *rest"], rows: Int[Array, " b"]
+    ) -> Float[Array, " b *rest"]:
         if not self.rate:
             return x
         key = self.make_rng("dropout")

@@ -25,6 +25,7 @@ import optax
 from jaxtyping import Array, Float32, UInt8
 
 from stf_jax import prepare, progress
+from stf_jax.charts import literal_texts
 from stf_jax.flow import flow_to_colour
 from stf_jax.index import ClipEntry
 from stf_jax.inputs import Batch
@@ -376,6 +377,11 @@ def confusion_picture(
       confusion: int `k k`, videos of class i taken for class j.
       class_names: in the order of the matrix.
     """
+    with literal_texts():
+        return _confusion_picture(confusion, class_names)
+
+
+def _confusion_picture(confusion: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -16,14 +15,14 @@ import ml_collections
 import numpy as np
 from flax import traverse_util
 
-from stf_jax.checkpoint import Params
+from stf_jax.checkpoint import Params, digest_of, misfits, unfitting
 from stf_jax.evaluate import score_batch
 from stf_jax.inputs import Batch, compute_flow
 from stf_jax.model import Network, fold_pyramid
 from stf_jax.optim import by_path
 from stf_jax.pipeline import SamplingSettings, clip_indices, decode_clip
 from stf_jax.prepare import EncodedVideo, RecordSettings, encode_frames, encode_video
-from stf_jax.run import Run, Settings, allowed_mismatches, best_params
+from stf_jax.run import Run, Settings, allowed_mismatches, best_params, check_config_keys
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -128,7 +127,7 @@ class Trained:
     def _of_run(cls, workdir: Path) -> Trained:
         run = Run(workdir)
         settings = run.settings()
-        data = run.read_json("data.json")
+        data = run.read_json("data.json", "class_names", "stamp", "protocol", "leaky")
         last = settings.evaluated_stage
         if not run.stage_file(last, "done.json").exists():
             raise FileNotFoundError(
@@ -148,38 +147,24 @@ class Trained:
     def _of_file(cls, path: Path) -> Trained:
         tensors, facts = read_weights(path)
         try:
-            settings = Settings.of(ml_collections.ConfigDict(json.loads(facts["config"])))
-            data = json.loads(facts["data"])
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            config, data = json.loads(facts["config"]), json.loads(facts["data"])
+            check_config_keys(config, path, json.loads(facts["signature"])["run"]["commit"])
+            settings = Settings.of(ml_collections.ConfigDict(config))
+        except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(
                 f"{path}: what it says about its network does not suit this version of stf_jax "
                 f"({error}); export the run again"
             ) from error
         class_names = tuple(data.pop("class_names"))
-        expected = by_path(settings.abstract_params(len(class_names)))
-        differ = sorted(
-            name
-            for name in {*expected, *tensors}
-            if name not in expected
-            or name not in tensors
-            or expected[name].shape != tensors[name].shape
-        )
-        if differ:
-            raise ValueError(
-                f"{path} does not hold the tensors of its own configuration: {len(differ)} differ, "
-                f"such as {differ[0]}; export the run again"
-            )
+        faults = misfits(tensors, by_path(settings.abstract_params(len(class_names))))
+        if faults:
+            raise unfitting(str(path), faults, "That configuration is its own: export it again.")
         return cls(settings, class_names, traverse_util.unflatten_dict(tensors, sep="/"), data)
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 of the weights: of the name, type, shape and bytes of each, sorted by name."""
-        total = hashlib.sha256()
-        for name, leaf in sorted(by_path(self.params).items()):
-            array = np.asarray(leaf)
-            total.update(f"{name} {array.dtype} {array.shape}\n".encode())
-            total.update(np.ascontiguousarray(array).tobytes())
-        return total.hexdigest()
+        """That of the weights; see `checkpoint.digest_of`."""
+        return digest_of(self.params)
 
 
 def read_weights(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:

@@ -439,10 +439,14 @@ def _read_results(workdir: Path) -> dict[str, Any]:
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); remove it. {advice}") from error
+        raise ValueError(f"{path} is not valid JSON ({error}): move it away. {advice}") from error
     missing = [key for key in _RESULT_KEYS if key not in results]
     if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}; remove it. {advice}")
+        raise ValueError(
+            f"{path} lacks {', '.join(missing)}: it was written by another version of stf_jax, "
+            "whose experiments/report.py reads it. To have one of this version, move it away (the "
+            f"file, not the run). {advice}"
+        )
     size = len(results["class_names"])
     lengths = [len(row) for row in results["confusion"]]
     if lengths != [size] * size:

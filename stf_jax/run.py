@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import io
 import json
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ from jax.sharding import Mesh
 from stf_jax import hosts, prepare, protocols
 from stf_jax.augment import AugmentSettings
 from stf_jax.checkpoint import Checkpoints, Params
+from stf_jax.datasets import DataSettings
+from stf_jax.flow import TvL1Settings
 from stf_jax.index import ClipEntry, VideoIndex, some
 from stf_jax.inputs import Batch, InputSettings
-from stf_jax.model import Network, build_model
+from stf_jax.model import PAPER_MODEL, Network, build_model
 from stf_jax.optim import OptimizerSettings, StageSettings
 from stf_jax.parallel import make_mesh
 from stf_jax.pipeline import SamplingSettings
@@ -91,6 +94,12 @@ class Settings:
         inputs.channels(sampling.flow_frames)
         views = EvalSettings(**config.eval)
         views.check_room(config.records.size, config.records.resize, config.inputs.crop_size)
+        if views.each_stream and config.model.streams in ("rgb", "flow"):
+            raise ValueError(
+                f"eval.each_stream (evaluate.py --streams) silences one of two streams, but with "
+                f"model.streams={config.model.streams!r} the network has one: its scores are that "
+                "stream's already. Leave it out, or train with model.streams='both' or 'late'"
+            )
         augment = AugmentSettings(**config.augment)
         if augment.mixup and config.batch_size < 2:
             raise ValueError(
@@ -202,11 +211,16 @@ class Run:
         text = json.dumps(content, indent=2, ensure_ascii=False)
         prepare.write_aside(path, (text + "\n").encode())
 
-    def read_json(self, name: str) -> Any:
+    def read_json(self, name: str, *needed: str) -> Any:
         """Reads a JSON file of the run.
+
+        Args:
+          name: of the file.
+          *needed: keys that it must have.
 
         Raises:
           FileNotFoundError: it is not there (says what makes it).
+          ValueError: it is no JSON, or a key is missing (names them).
         """
         path = self.workdir / name
         if not path.exists():
@@ -214,11 +228,36 @@ class Run:
                 f"{path} is missing: {self.workdir} is not the folder of a run that got that far. "
                 "Runs are made by `python -m stf_jax.main --config=... --workdir=...`."
             )
-        return json.loads(path.read_text(encoding="utf-8"))
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is not valid JSON ({error}): restore it from a backup"
+            ) from error
+        missing = [key for key in needed if key not in content]
+        if missing:
+            raise ValueError(
+                f"{path} lacks {', '.join(missing)}: {_other_version(self._made_by())}"
+            )
+        return content
 
     def settings(self) -> Settings:
-        """The settings that the run was started with."""
-        return Settings.of(ml_collections.ConfigDict(self.read_json("config.json")))
+        """The settings that the run was started with.
+
+        Raises:
+          FileNotFoundError: there is no configuration.
+          ValueError: it is of another version of this library (names the keys).
+        """
+        config = self.read_json("config.json")
+        check_config_keys(config, self.workdir / "config.json", self._made_by())
+        return Settings.of(ml_collections.ConfigDict(config))
+
+    def _made_by(self) -> str:
+        """The commit that a finished run was made with, or ''."""
+        path = self.workdir / "results.json"
+        results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        known = "environment" in results and "commit" in results["environment"]
+        return results["environment"]["commit"] if known else ""
 
     def claim(self, config: ml_collections.ConfigDict) -> None:
         """Stores the configuration, or checks that it is the stored one.
@@ -229,6 +268,7 @@ class Run:
         new = json.loads(config.to_json_best_effort())
         if (self.workdir / "config.json").exists():
             old = self.read_json("config.json")
+            check_config_keys(old, self.workdir / "config.json", self._made_by())
             a, b = _flat(old), _flat(new)
             differ = sorted(k for k in {*a, *b} - set(_FREE) if a.get(k) != b.get(k))
             if differ:
@@ -238,6 +278,75 @@ class Run:
                     "Choose another --workdir, or repeat the settings that it was started with."
                 )
         self.write_json("config.json", new)
+
+
+# The keys of a configuration that belong to no part of it.
+_OWN_KEYS = (
+    "seed",
+    "batch_size",
+    "checkpoint_every_steps",
+    "log_every_steps",
+    "allow_cpu",
+    "allow_mismatch",
+    "model_devices",
+    "pretrained",
+    "stage_order",
+)
+_PARTS: dict[str, Any] = {
+    "data": DataSettings,
+    "records": RecordSettings,
+    "records.tvl1": TvL1Settings,
+    "sampling": SamplingSettings,
+    "inputs": InputSettings,
+    "augment": AugmentSettings,
+    "optimizer": OptimizerSettings,
+    "transfer": TransferSettings,
+    "eval": EvalSettings,
+}
+
+
+def config_keys(stages: Iterable[str]) -> set[str]:
+    """The dotted keys of a whole configuration with these stages."""
+    parts = {**_PARTS, **{f"stages.{name}": StageSettings for name in stages}}
+    keys = {f"{part}.{f.name}" for part, made in parts.items() for f in dataclasses.fields(made)}
+    return (keys - {*parts}) | {*_OWN_KEYS, *_flat(PAPER_MODEL, "model.")}
+
+
+def check_config_keys(config: Mapping[str, Any], where: Path, made_by: str) -> None:
+    """Makes sure that a stored configuration says what this version asks, no less and no more.
+
+    What a key that is missing would have to be is not guessed: every default is in the cards, and
+    today's need not be what the program did when the key was not there.
+
+    Args:
+      config: the content of a `config.json`.
+      where: the file.
+      made_by: the commit that wrote it; '' if that is not known.
+
+    Raises:
+      ValueError: keys are missing or unknown (names them, the file, and what to do).
+    """
+    stages = config["stages"] if "stages" in config else {}
+    there, expected = {*_flat(config)}, config_keys(stages)
+    lines = [f"missing: {key}" for key in sorted(expected - there)]
+    lines += [f"unknown: {key}" for key in sorted(there - expected)]
+    if lines:
+        told = "\n  ".join(lines)
+        raise ValueError(
+            f"{where} has not the keys that this version's cards have:\n  {told}\n"
+            f"So {_other_version(made_by)} Or edit the file, in a copy of its folder: give a "
+            "missing key the value that does what was done without it (the cards in configs/ say "
+            "what each means), and take an unknown one out."
+        )
+
+
+def _other_version(commit: str) -> str:
+    commit = commit.removesuffix("-dirty")
+    known = f" (git checkout {commit})" if re.fullmatch(r"[\w.-]+", commit) else ""
+    return (
+        "it was written by another version of stf_jax. Nothing of the run is lost: that version "
+        f"reads it{known}."
+    )
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -389,7 +498,7 @@ def source_weights(settings: Settings, stamp: Mapping[str, Any]) -> Weights | No
     if not settings.transfer.source:
         return None
     source = Run(Path(settings.transfer.source))
-    stage = source.read_json("config.json")["stage_order"][-1]
+    stage = source.read_json("config.json", "stage_order")["stage_order"][-1]
     source.read_json(f"stages/{stage}/done.json")
     checkpoints = source.best(stage)
     try:
@@ -480,7 +589,7 @@ class TrainedOn:
     @classmethod
     def of(cls, run: Run) -> "TrainedOn":
         """Reads a run's folder."""
-        data = run.read_json("data.json")
+        data = run.read_json("data.json", "name", "stamp")
         rows = _read_table(run.workdir / "videos.csv")
         if data["stamp"]["split"]["protocol"] != "paper_resplit":  # that one takes turns with all
             rows = [row for row in rows if row["subset"] != "test"]

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from stf_jax import flow as optical_flow
-from stf_jax.charts import save_figure
+from stf_jax.charts import picture
 from stf_jax.prepare import Encoder, RecordSettings, write_aside
 from stf_jax.watch import FrameSource, Scored
 
@@ -184,26 +184,24 @@ def draw_timeline(
       found: by `segments`.
       class_names: in the order of their probabilities.
     """
-    from matplotlib.figure import Figure  # what only this picture needs
-
     peaks = np.max([piece.probabilities for piece in made], axis=0)
     shown = np.argsort(-peaks, kind="stable")[:_ROWS].tolist()
     shown += [class_names.index(label) for label in {s.label: 0 for s in found}]
     shown = list(dict.fromkeys(shown))
-    figure = Figure(figsize=(10, 1.6 + 0.32 * len(shown)), dpi=120, layout="constrained")
-    labels, scores = figure.subplots(2, 1, sharex=True, height_ratios=(1, max(2, len(shown)) * 0.6))
-    _draw_labels(labels, found, {class_names[k]: f"C{n % 10}" for n, k in enumerate(shown)})
-    labels.set_title(name, fontsize=10, loc="left")
-    for piece in made:
-        edges = ([piece.start, piece.end], np.arange(len(shown) + 1) - 0.5)
-        cells = piece.probabilities[shown, None]
-        mesh = scores.pcolormesh(*edges, cells, vmin=0, vmax=1, cmap="Blues")
-    scores.set_yticks(range(len(shown)), [class_names[k] for k in shown], fontsize=8)
-    scores.invert_yaxis()
-    scores.set_xlim(made[0].start, made[-1].end)
-    scores.set_xlabel("seconds")
-    figure.colorbar(mesh, ax=scores, label="probability", pad=0.01)
-    save_figure(figure, path)
+    heights = 1, max(2, len(shown)) * 0.6
+    with picture(path, 10.0, 1.6 + 0.32 * len(shown), dots=120) as figure:
+        labels, scores = figure.subplots(2, 1, sharex=True, height_ratios=heights)
+        _draw_labels(labels, found, {class_names[k]: f"C{n % 10}" for n, k in enumerate(shown)})
+        labels.set_title(name, fontsize=10, loc="left")
+        for piece in made:
+            edges = ([piece.start, piece.end], np.arange(len(shown) + 1) - 0.5)
+            cells = piece.probabilities[shown, None]
+            mesh = scores.pcolormesh(*edges, cells, vmin=0, vmax=1, cmap="Blues")
+        scores.set_yticks(range(len(shown)), [class_names[k] for k in shown], fontsize=8)
+        scores.invert_yaxis()
+        scores.set_xlim(made[0].start, made[-1].end)
+        scores.set_xlabel("seconds")
+        figure.colorbar(mesh, ax=scores, label="probability", pad=0.01)
 
 
 def _draw_labels(axes: Any, found: Sequence[Segment], colours: Mapping[str, str]) -> None:

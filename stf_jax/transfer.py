@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import jax
-import numpy as np
 
 from stf_jax import hosts
+from stf_jax.checkpoint import misfit, unfitting
 from stf_jax.model import Params
 from stf_jax.optim import by_path, parameter_path
 from stf_jax.vgg import find_vgg16, port_vgg16, read_vgg16
@@ -166,18 +166,16 @@ def plan_transfer(
     faults: list[str] = []
     for path, leaf in wanted.items():
         origin = renamed.pop(path, None)
-        misfit = f"missing: {path} {tuple(leaf.shape)}"
-        if origin is not None:
-            misfit = _misfit(path, source.arrays[origin], leaf)
+        fault = misfit(path, None if origin is None else source.arrays[origin], leaf)
         may_be_fresh = _named(path, rules.fresh)
-        if may_be_fresh and (misfit or source.other_classes):
-            why = "for other classes" if source.other_classes else misfit.partition(":")[0]
+        if may_be_fresh and (fault or source.other_classes):
+            why = "for other classes" if source.other_classes else fault.partition(":")[0]
             origins[path] = None
             fates[path] = Fate(tuple(leaf.shape), f"{_FRESH} ({why})")
             if origin is not None:
                 _leave_out(fates, source, origin)
-        elif misfit:
-            faults.append(misfit)
+        elif fault:
+            faults.append(fault)
         else:
             origins[path] = origin
             kind = "copied" if origin == path else f"renamed from {origin}, copied"
@@ -186,14 +184,14 @@ def plan_transfer(
         if _named(path, rules.unused):
             _leave_out(fates, source, origin)
         else:
-            faults.append(f"extra: {path} {tuple(source.arrays[origin].shape)}")
+            faults.append(misfit(path, source.arrays[origin], None))
     if faults:
-        shown = "\n  ".join(faults[:20]) + (f"\n  and {len(faults) - 20} more") * (len(faults) > 20)
-        raise ValueError(
-            f"the weights of {source.label} do not fit the network of this configuration:\n  "
-            f"{shown}\nUse the `model` part that they were trained with (config.json there), or "
-            "name what may differ by regular expressions in --config.transfer.rename, "
-            "--config.transfer.fresh (starts anew) or --config.transfer.unused (is left out)."
+        raise unfitting(
+            source.label,
+            faults,
+            "Use the `model` part that it was trained with (config.json there), or name what may "
+            "differ by regular expressions in --config.transfer.rename, --config.transfer.fresh "
+            "(starts anew) or --config.transfer.unused (is left out).",
         )
     return origins, fates
 
@@ -204,14 +202,6 @@ def _named(path: str, expressions: Sequence[str]) -> bool:
 
 def _leave_out(fates: dict[str, Fate], source: Weights, path: str) -> None:
     fates[f"{source.label}: {path}"] = Fate(tuple(source.arrays[path].shape), "unused")
-
-
-def _misfit(path: str, have: Leaf, want: Leaf) -> str:
-    """How a tensor differs from what is expected, or ''."""
-    if tuple(have.shape) != tuple(want.shape):
-        return f"mismatched: {path} is {tuple(have.shape)}, expected {tuple(want.shape)}"
-    kinds = np.dtype(have.dtype), np.dtype(want.dtype)
-    return f"mismatched: {path} is {kinds[0]}, expected {kinds[1]}" * (kinds[0] != kinds[1])
 
 
 def _renamed(source: Weights, rules: Sequence[tuple[str, str]]) -> dict[str, str]:

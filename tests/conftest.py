@@ -118,6 +118,22 @@ def tiny_model_settings() -> dict:
     }
 
 
+@pytest.fixture
+def drawn_texts(monkeypatch):
+    """The texts that matplotlib has drawn in this test, and whether as a formula, in order."""
+    from matplotlib.backends.backend_agg import RendererAgg
+
+    texts: list[tuple[str, bool]] = []
+    draw = RendererAgg.draw_text
+
+    def noted(self, gc, x, y, s, prop, angle, ismath=False, mtext=None):
+        texts.append((s, bool(ismath)))
+        draw(self, gc, x, y, s, prop, angle, ismath, mtext)
+
+    monkeypatch.setattr(RendererAgg, "draw_text", noted)
+    return texts
+
+
 _CODECS = {".avi": "mpeg4", ".mp4": "libx264", ".mkv": "libx264", ".mpg": "mpeg1video"}
 
 

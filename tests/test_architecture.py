@@ -2,15 +2,17 @@
 
 import ast
 import importlib
+import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
 
-from stf_jax.run import Settings
+from stf_jax.run import Settings, check_config_keys
 
 ROOT = Path(__file__).parent.parent
 # The walk: a module imports only modules that come before it.
@@ -130,6 +132,15 @@ def test_cards_share_their_keys():
     assert all(other == first for other in rest)
 
 
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_stored_configurations_are_held_to_the_keys_of_the_cards(path):
+    config = _load(path)
+    check_config_keys(json.loads(config.to_json_best_effort()), path, "")
+    del config.records.tvl1.warps
+    with pytest.raises(ValueError, match="missing: records.tvl1.warps"):
+        check_config_keys(json.loads(config.to_json_best_effort()), path, "")
+
+
 def test_every_top_level_key_is_read():
     config = _load(ROOT / "configs" / "ucf101.py")
     code = "".join(path.read_text(encoding="utf-8") for path in MODULES.values())
@@ -149,6 +160,20 @@ def test_stage_order_must_name_the_stages():
     config.stage_order = ("first", "secnd")
     with pytest.raises(ValueError, match="secnd"):
         Settings.of(config)
+
+
+@pytest.mark.parametrize("place", ["stf_jax", "experiments", "configs", "tests"])
+def test_the_linter_finds_undefined_names(place):
+    """Shape strings once had this rule switched off, for the package and for the type checker."""
+    code = "import numpy as np\nfrom jaxtyping import Float\n\n\n"
+    code += 'def f(x: Float[np.ndarray, "b k"]) -> int:\n    """One."""\n    return absent\n'
+    done = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "-n", f"--stdin-filename={place}/x.py", "-"],
+        cwd=ROOT, input=code, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "F821 Undefined name `absent`" in done.stdout
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["mypy"]
+    assert "disable_error_code" not in settings
 
 
 def test_no_test_hides_behind_a_bare_skip():

@@ -1,3 +1,4 @@
+import hashlib
 import resource
 import shutil
 import subprocess
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from stf_jax import checkpoint
-from stf_jax.checkpoint import Checkpoints, count_parameters
+from stf_jax.checkpoint import Checkpoints, count_parameters, digest_of
 
 TREE = {
     "spatial": {"conv": {"kernel": jnp.arange(6.0).reshape(2, 3)}},
@@ -243,21 +244,47 @@ def test_a_small_file_system_that_fills_up(tmp_path, monkeypatch):
         subprocess.run(["umount", "-l", str(place)], check=True)
 
 
-def test_a_folder_that_vanishes_is_an_error_of_the_next_save(tmp_path):
-    checkpoints = _store(tmp_path / "c", steps=(1,))
-    checkpoints.wait()
-    shutil.rmtree(tmp_path / "c")
-    with pytest.raises(OSError, match=r"No such file"):
-        checkpoints.save(2, TREE, {})
-        checkpoints.wait()
-    assert not (tmp_path / "c").exists()
+def test_an_empty_folder_says_that_there_is_none(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "c", keep=2)
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint: expected .*Restore .*backup"):
+        checkpoints.restore(TREE)
     checkpoints.close()
 
 
-def test_an_empty_folder_says_that_there_is_none(tmp_path):
-    checkpoints = Checkpoints(tmp_path / "c", keep=2)
-    with pytest.raises(FileNotFoundError, match="no checkpoint"):
-        checkpoints.restore(TREE)
+@pytest.mark.parametrize("act", ["save", "steps", "restore", "wait"])
+def test_a_folder_that_vanished_is_named(tmp_path, act, monkeypatch):
+    folder = tmp_path / "run" / "stages" / "first" / "last"
+    checkpoints = _store(folder, steps=(1,))
+    checkpoints.wait()
+    if act == "wait":  # it goes while a save is under way
+        finish = checkpoint._finish
+        monkeypatch.setattr(checkpoint, "_finish", lambda _: shutil.rmtree(folder) or finish(_))
+        checkpoints.save(2, TREE, {})
+    else:
+        shutil.rmtree(folder.parent)
+    calls = {"save": (2, TREE, {}), "restore": (TREE,)}
+    with pytest.raises(FileNotFoundError, match=rf"{folder} is gone: .*Bring it back"):
+        getattr(checkpoints, act)(*(calls[act] if act in calls else ()))
+    assert not folder.exists()  # a save does not make it anew, without its older steps
+    checkpoints.close()
+
+
+def test_a_step_that_vanishes_while_it_is_read_is_named(tmp_path, monkeypatch):
+    checkpoints = _store(tmp_path / "c", steps=(1,))
+    checkpoints.wait()
+    damage = checkpoint._damage
+    for gone in ("record.json", "tree"):
+
+        def whole_and_then_gone(path, gone=gone):
+            told = damage(path)
+            (path / gone).rename(tmp_path / gone)
+            return told
+
+        monkeypatch.setattr(checkpoint, "_damage", whole_and_then_gone)
+        said = rf"c/1 was whole and changed .*missing; expected tree/, .*remove {tmp_path} "
+        with pytest.raises(OSError, match=said):
+            checkpoints.restore(TREE)
+        (tmp_path / gone).rename(tmp_path / "c" / "1" / gone)
     checkpoints.close()
 
 
@@ -293,6 +320,32 @@ def test_without_expectations_all_leaves_come_by_their_paths(tmp_path):
     checkpoints.close()
     assert arrays.keys() == {"spatial/conv/kernel", "head/bias"}
     np.testing.assert_array_equal(arrays["head/bias"], 3 * TREE["head"]["bias"])
+
+
+def test_tensors_that_do_not_fit_are_told_in_one_wording():
+    have = {"a": np.zeros(2), "b": np.zeros(3, np.float32), "d": np.zeros(1), "e": np.zeros(4)}
+    want = {"a": np.zeros(2), "b": np.zeros(3), "c": np.zeros((1, 2)), "d": np.zeros(5)}
+    faults = checkpoint.misfits(have, want)
+    assert faults == [
+        "mismatched: b is float32, expected float64",
+        "missing: c (1, 2)",
+        "mismatched: d is (1,), expected (5,)",
+        "extra: e (4,)",
+    ]
+    told = str(checkpoint.unfitting("x.npz", faults * 6, "Mend it."))
+    assert told.startswith("x.npz: its tensors are not those of the network")
+    assert told.count("\n  m") + told.count("\n  e") == 20 and told.endswith("4 more\nMend it.")
+
+
+def test_the_digest_is_that_of_files_written_before():
+    """By hand; exported files state it."""
+    bias, kernel = np.array([1.5, -2.0], np.float32), np.arange(6, dtype=np.float32).reshape(2, 3)
+    total = hashlib.sha256(b"head/bias float32 (2,)\n" + bias.tobytes())
+    total.update(b"spatial/conv/kernel float32 (2, 3)\n" + kernel.tobytes())
+    assert digest_of(TREE) == total.hexdigest()
+    turned = dict(reversed(TREE.items()))
+    assert digest_of(turned) == digest_of(TREE)
+    assert digest_of(jax.tree.map(lambda x: -x, TREE)) != digest_of(TREE)
 
 
 def test_parameters_are_counted():

@@ -244,6 +244,16 @@ def test_both_networks_of_late_fusion_are_scored_with_their_mean(parts):
     np.testing.assert_allclose(own.probabilities, each[0], atol=1e-6)
 
 
+@pytest.mark.parametrize("streams", ["rgb", "flow"])
+def test_streams_of_a_network_that_has_one_are_refused(parts, streams):
+    settings, *_ = parts
+    with pytest.raises(
+        ValueError, match=rf"eval.each_stream .*--streams.*model.streams='{streams}"
+    ):
+        _with(settings, **{"model.streams": streams, "eval.each_stream": True})
+    _with(settings, **{"model.streams": "late", "eval.each_stream": True})
+
+
 def test_every_clip_counts_exactly_once(parts):
     settings, index, records, params = parts
     entries = usable_entries(index, records, "train")

@@ -120,6 +120,15 @@ def test_the_picture_can_be_read(found, tmp_path):
     assert picture.shape[1] > 1000 and picture.std() > 0.1
 
 
+def test_names_are_drawn_as_they_are(found, tmp_path, drawn_texts):
+    _, _, batch, stored, explained = found
+    names = ("_one", "$x_2$", r"\$three")
+    draw(explained, batch, stored, names, tmp_path / "why.png", truth="$y^2$")
+    probability = explained.probabilities[1]
+    title = f"why '$x_2$' ({probability:.1%}), truly '$y^2$'"
+    assert {(told, False) for told in (*names, title)} <= {*drawn_texts}
+
+
 def test_one_clip_at_a_time(found):
     network, params, batch, stored, _ = found
     two = Batch(*(np.concatenate([x, x]) for x in batch))

@@ -8,7 +8,9 @@ import pytest
 
 from configs import ucf101
 from stf_jax import host, main
-from stf_jax.run import Run, Settings
+from stf_jax.explain import Explainer
+from stf_jax.predict import Predictor
+from stf_jax.run import Run, Settings, TrainedOn
 
 ROOT = Path(__file__).parent.parent
 
@@ -108,6 +110,62 @@ def test_a_folder_without_a_run_is_named(tmp_path):
         )  # fmt: skip
         assert done.returncode == 1 and "Traceback" not in done.stderr
         assert str(tmp_path) in done.stderr
+
+
+@pytest.fixture
+def older_run(tmp_path, tiny_config):
+    """The folder of a run as a version left it that did not have all of today's keys."""
+    run = Run(tmp_path / "run")
+    run.claim(tiny_config)
+    config = run.read_json("config.json")
+    del config["eval"]["min_per_class"], config["model"]["remat"], config["model_devices"]
+    config["eval"]["samples"] = 3
+    run.write_json("config.json", config)
+    run.write_json("results.json", {"environment": {"commit": "a1b2c3d-dirty"}})
+    return run
+
+
+@pytest.mark.parametrize(
+    ("script", "more"),
+    [
+        ("evaluate", ()),
+        pytest.param("predict", ("x.mp4",), marks=pytest.mark.slow),
+        pytest.param("explain", ("x.mp4",), marks=pytest.mark.slow),
+        pytest.param("export", ("--out={}/exported",), marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_of_another_version_is_told_by_its_keys(older_run, script, more):
+    before = {path: path.read_bytes() for path in older_run.workdir.rglob("*") if path.is_file()}
+    folder = older_run.workdir
+    done = subprocess.run(
+        [sys.executable, f"experiments/{script}.py", f"--workdir={folder}",
+         *(word.format(folder.parent) for word in more)],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    for said in (
+        f"{folder}/config.json", "missing: eval.min_per_class", "missing: model.remat.spatial",
+        "missing: model_devices", "unknown: eval.samples", "git checkout a1b2c3d)",
+        "Nothing of the run is lost",
+    ):  # fmt: skip
+        assert said in done.stderr
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_older_run_is_neither_loaded_nor_continued(older_run, tiny_config):
+    for load in (Predictor.load, Explainer.load):
+        with pytest.raises(ValueError, match="(?s)missing: eval.min_per_class.*checkout a1b2c3d"):
+            load(older_run.workdir)
+    with pytest.raises(
+        ValueError, match="(?s)config.json has not the keys .*missing: eval.min_per_"
+    ):
+        older_run.claim(tiny_config)
+    older_run.write_json("data.json", {"class_names": []})
+    with pytest.raises(ValueError, match=r"data.json lacks name, stamp: .*another version"):
+        TrainedOn.of(older_run)
+    (older_run.workdir / "data.json").write_text('{"class_names": [')
+    with pytest.raises(ValueError, match=r"data.json is not valid JSON"):
+        older_run.read_json("data.json")
 
 
 def test_a_read_only_workdir_fails_at_once(tmp_path):

@@ -204,6 +204,11 @@ def test_a_confusion_matrix_is_dark_where_videos_are(count):
     assert len(rows) / len(columns) == pytest.approx(count, rel=0.1)
 
 
+def test_names_are_drawn_as_they_are(drawn_texts):
+    confusion_picture(np.eye(2, dtype=int), ("a $x_1$", "_b"))
+    assert {("a $x_1$", False), ("_b", False)} <= {*drawn_texts}
+
+
 def test_a_folder_that_cannot_be_written_to_is_told_once_and_ends_nothing(tmp_path, capsys):
     (tmp_path / "tensorboard").write_text("in the way")
     shown = Monitor(tmp_path, "first", step=0, every=1)

@@ -104,6 +104,16 @@ def test_scores_are_a_real_csv_that_reads_back(tmp_path):
     np.testing.assert_allclose(read.scores.probabilities, VIDEOS, atol=1e-6)
 
 
+def test_names_are_drawn_as_they_are(tmp_path, drawn_texts):
+    """The third has what would be a formula, and the first what was once escaped for it."""
+    names = (r"\$one", "_b^2", "nobody's $x_$")
+    facts = all_figures(SCORES, bins=5, seed=0, groups_known=True)
+    write_charts(tmp_path, facts, names)
+    for told in (*names, f"{names[2]} (0)"):
+        assert (told, False) in drawn_texts
+    assert not [told for told, formula in drawn_texts if formula]
+
+
 def test_a_folder_holds_tables_and_pictures_of_each_level(tmp_path):
     streams = {"rgb": dataclasses.replace(SCORES, probabilities=SCORES.probabilities[:, ::-1])}
     scores = dataclasses.replace(SCORES, streams=streams)

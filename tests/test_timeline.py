@@ -103,6 +103,14 @@ def test_the_picture_shows_when_each_class_is_likely(tmp_path):
     assert (tmp_path / "n.png").stat().st_size > 1000
 
 
+def test_names_are_drawn_as_they_are(tmp_path, drawn_texts):
+    names = ("win $x^{$", "_$a_b$", r"\$c")  # the first would be a broken formula
+    made = pieces((_window(0, 5, 1, 0, 0), _window(5, 10, 0, 1, 0)))
+    draw_timeline(tmp_path / "t.png", "$v_1$.mp4", made, segments(made, names, 0.5), names)
+    assert {(told, False) for told in (*names, "$v_1$.mp4")} <= {*drawn_texts}
+    assert drawn_texts.count((names[0], False)) >= 2  # beside its row, and in its bar
+
+
 @pytest.mark.parametrize("size", [(48, 64), (120, 322)])
 def test_the_annotated_video_has_every_frame(make_video, tmp_path, tiny_records, size):
     settings = tiny_records[1].settings
