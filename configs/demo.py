@@ -105,6 +105,9 @@ def get_config() -> ConfigDict:
         "label_smoothing": 0.0,  # share of the target spread over all classes, such as 0.1
     }
     config.model = {
+        # 'c3d', 'cnn_lstm': what ours is compared with; of the rest they read streams ('rgb' or
+        # 'flow'), precision, remat, norm, drop and their own part.
+        "architecture": "stf",
         "width": 8,
         "streams": "both",  # 'rgb', 'flow', 'late' (two networks, mean of their probabilities)
         "precision": "float32",  # 'bfloat16': half the memory, for GPUs
@@ -137,6 +140,8 @@ def get_config() -> ConfigDict:
         },
         "head": {"combine": "project", "pool": "mean_logits"},
         "drop": {"input": 0.0, "output": 0.0, "semantics": "drop"},  # no time to wait for it
+        "c3d": {"width": 8, "dense": 64},
+        "cnn_lstm": {"width": 8, "hidden": 32},
     }
     config.optimizer = {
         "name": "adam",  # sgdm, rmsprop

@@ -115,6 +115,9 @@ def get_config(presets: str = "") -> ConfigDict:
         "label_smoothing": 0.0,  # share of the target spread over all classes, such as 0.1
     }
     config.model = {
+        # 'c3d', 'cnn_lstm': what ours is compared with; of the rest they read streams ('rgb' or
+        # 'flow'), precision, remat, norm, drop and their own part.
+        "architecture": "stf",
         "width": 64,
         "streams": "both",  # 'rgb', 'flow', 'late' (two networks, mean of their probabilities)
         "precision": "float32",  # 'bfloat16': half the memory, for GPUs
@@ -147,6 +150,8 @@ def get_config(presets: str = "") -> ConfigDict:
         },
         "head": {"combine": "project", "pool": "mean_logits"},
         "drop": {"input": 0.5, "output": 0.25, "semantics": "drop"},
+        "c3d": {"width": 64, "dense": 4096},
+        "cnn_lstm": {"width": 64, "hidden": 256},
     }
     config.optimizer = {
         "name": "adam",  # sgdm, rmsprop
@@ -210,6 +215,8 @@ def _laptop(config: ConfigDict) -> None:
     config.model.conv3d.width = 64
     config.model.fusion.width = 64
     config.model.drop.input = 0.25
+    config.model.c3d.update(width=16, dense=128)
+    config.model.cnn_lstm.update(width=12, hidden=64)
     config.batch_size = 4
     config.optimizer.weight_decay = 0.05
     config.stages.first.update(

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.extend import core
 from ml_collections import ConfigDict
 
+from stf_jax.baselines import FullyConnected
 from stf_jax.checkpoint import Params
 from stf_jax.metrics import cross_entropy
 from stf_jax.model import Head
@@ -26,7 +27,7 @@ from stf_jax.transfer import Fate, plan_transfer
 from stf_jax.vgg import KERAS_FILE, Convolution, vgg16_fates
 
 # What counts as one layer: everything inside it is added to it.
-_LAYERS = (Convolution, LSTM, Head)
+_LAYERS = (Convolution, LSTM, Head, FullyConnected)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,7 @@ from stf_jax.inputs import (
     network_input,
     silenced,
 )
-from stf_jax.model import LateFusion, Network, fold_pyramid
+from stf_jax.model import ActionNetwork, LateFusion, Network, fold_pyramid
 from stf_jax.parallel import COMPILER_OPTIONS, divide, divided_ahead, gather, part_of_batch, place
 from stf_jax.pipeline import batches, planned_batches, steps_per_epoch
 from stf_jax.prepare import RecordSettings
@@ -162,8 +162,8 @@ class Scorer:
         if isinstance(self.model, LateFusion):
             return score_streams(self.params, batch, **told)
         scores = {_WHOLE: score_batch(self.params, batch, **told)}
-        both = self.model.spatial is not None and self.model.temporal is not None
-        if self.each_stream and both:
+        two_streams = isinstance(self.model, ActionNetwork) and self.model.sees_both
+        if self.each_stream and two_streams:
             for name in ("flow", "rgb"):
                 scores[f"without_{name}"] = score_batch(self.params, batch, silent=name, **told)
         return scores

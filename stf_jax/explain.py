@@ -11,7 +11,12 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
+<<<<<<< HEAD
 from stf_jax.charts import picture
+=======
+from stf_jax.baselines import C3D, CNNLSTM
+from stf_jax.charts import save_figure
+>>>>>>> baselines
 from stf_jax.checkpoint import Params
 from stf_jax.flow import flow_to_colour
 from stf_jax.fusion import segment_vectors
@@ -72,8 +77,12 @@ def explain(
     Returns:
       By network: 'fused' (or 'rgb', 'flow' for a network of one stream); both with late fusion.
 
+    Raises:
+      ValueError: several clips, or a network without streams' maps and a pyramid.
+
     Source: Selvaraju et al., Grad-CAM, ICCV 2017, equations 1 and 2, over space and time.
     """
+    network = _explained_kind(network)
     if len(batch.label) != 1:
         raise ValueError(f"one clip is explained at a time, got a batch of {len(batch.label)}")
     batch = jax.tree.map(jnp.asarray, compute_flow(batch, stored))
@@ -84,10 +93,20 @@ def explain(
     if isinstance(network, LateFusion):
         parts = {"rgb": (network.rgb, params["rgb"]), "flow": (network.flow, params["flow"])}
     else:
-        both = network.spatial is not None and network.temporal is not None
         alone = "rgb" if network.spatial is not None else "flow"
-        parts = {"fused" if both else alone: (network, params)}
+        parts = {"fused" if network.sees_both else alone: (network, params)}
     return {name: _explain_one(part, p, rgb, flow, label) for name, (part, p) in parts.items()}
+
+
+def _explained_kind(network: Network) -> ActionNetwork | LateFusion:
+    """The network, if it is one that explanations are of."""
+    if not isinstance(network, C3D | CNNLSTM):
+        return network
+    name = "c3d" if isinstance(network, C3D) else "cnn_lstm"
+    raise ValueError(
+        "explanations show streams, maps and the pyramid of the network of model.architecture="
+        f"'stf'; that of {name!r} has none: choose another run"
+    )
 
 
 def _explain_one(
@@ -307,9 +326,13 @@ class Explainer:
 
     @classmethod
     def load(cls, source: Path) -> "Explainer":
-        """Reads a run's folder or an exported file; see `stf_jax.load`."""
+        """Reads a run's folder or an exported file; see `stf_jax.load`.
+
+        Raises:
+          ValueError: its network is none that is explained; besides, as `stf_jax.load`.
+        """
         trained = Trained.read(source)
-        network = trained.settings.model(len(trained.class_names))
+        network = _explained_kind(trained.settings.model(len(trained.class_names)))
         return cls(Predictor.of(trained), network, trained.params)
 
     def label_of(self, name: str) -> int:

@@ -1,7 +1,8 @@
-"""The process on its machine: how it gets memory, and whether it overlooks a GPU."""
+"""The process on its machine: what they are, how it gets memory, whether it overlooks a GPU."""
 
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,27 @@ def leaves_gpu_unused(backend: str) -> bool:
       backend: what JAX runs on (`jax.default_backend()`), such as 'cpu'.
     """
     return backend == "cpu" and _GPU.exists()
+
+
+def commit() -> str:
+    """The commit that this program is of, with '-dirty' if it was changed since.
+
+    Result files do not count: they are written by what the commit describes.
+    """
+    git = ["git", "-C", str(Path(__file__).parent.parent)]
+    name, changed = (
+        subprocess.run([*git, *words], capture_output=True, text=True, check=False).stdout.strip()
+        for words in (
+            ["describe", "--always"],
+            ["status", "--porcelain", "--untracked-files=no", "--", ".", ":!experiments/results"],
+        )
+    )
+    return (name + "-dirty" * bool(changed)) or "unknown (no git checkout)"
+
+
+def machine() -> str:
+    """System, kind of processor and number of cores."""
+    return f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores"
 
 
 def huge_page_environment(environment: Mapping[str, str], setting: str) -> dict[str, str] | None:

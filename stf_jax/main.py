@@ -13,7 +13,6 @@ import importlib.metadata
 import os
 import platform
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -252,21 +251,12 @@ def environment() -> dict[str, str]:
         "jax", "flax", "optax", "orbax-checkpoint", "tensorflow-cpu", "av", "numpy",
         "opencv-contrib-python-headless",
     )  # fmt: skip
-    git = ["git", "-C", str(Path(__file__).parent.parent)]
-    commit, changed = (
-        subprocess.run([*git, *words], capture_output=True, text=True, check=False).stdout.strip()
-        # Result files are written by what is described here.
-        for words in (
-            ["describe", "--always"],
-            ["status", "--porcelain", "--untracked-files=no", "--", ".", ":!experiments/results"],
-        )
-    )
     return {
-        "commit": (commit + "-dirty" * bool(changed)) or "unknown (no git checkout)",
+        "commit": host.commit(),
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in names},
         "devices": ", ".join(device.device_kind for device in jax.devices()),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
+        "machine": host.machine(),
     }
 
 

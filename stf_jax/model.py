@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
+from stf_jax.baselines import C3D, CNNLSTM, C3DSettings, CNNLSTMSettings, Frames, Volumes
 from stf_jax.fusion import Fusion, FusionSettings, TPNSettings, segment_vectors
 from stf_jax.recurrent import BiLSTM, LSTMSettings
 from stf_jax.streams import (
@@ -25,10 +27,18 @@ from stf_jax.streams import (
     TemporalStream,
     take_views,
 )
-from stf_jax.vgg import BLOCK, CONVOLUTION, check_choice, check_setting, is_count
+from stf_jax.vgg import (
+    BLOCK,
+    CONVOLUTION,
+    ClipDropout,
+    check_choice,
+    check_setting,
+    is_count,
+)
 
 # The `model` part of a configuration, at the paper's size (SPEC section 15).
 PAPER_MODEL: Mapping[str, Any] = {
+    "architecture": "stf",
     "width": 64,
     "streams": "both",
     "precision": "float32",
@@ -61,6 +71,8 @@ PAPER_MODEL: Mapping[str, Any] = {
     },
     "head": {"combine": "project", "pool": "mean_logits"},
     "drop": {"input": 0.5, "output": 0.25, "semantics": "drop"},
+    "c3d": {"width": 64, "dense": 4096},
+    "cnn_lstm": {"width": 64, "hidden": 256},
 }
 
 
@@ -209,6 +221,7 @@ class Head(nn.Module):
         return steps.mean(axis=1), steps
 
 
+<<<<<<< HEAD
 class _ClipDropout(nn.Module):
     """Dropout whose draws for a clip depend on the clip's place in the batch and on nothing else.
 
@@ -231,6 +244,8 @@ class _ClipDropout(nn.Module):
         return jnp.where(jax.vmap(kept)(rows), x / (1 - self.rate), jnp.zeros_like(x))
 
 
+=======
+>>>>>>> baselines
 class ActionNetwork(nn.Module):
     """Two streams, convolutional fusion, temporal pyramid, Bi-LN-LSTM, classifier.
 
@@ -253,6 +268,11 @@ class ActionNetwork(nn.Module):
     drop: DropSettings
     recurrent: BiLSTM
     head: Head
+
+    @property
+    def sees_both(self) -> bool:
+        """Whether it has both streams."""
+        return self.spatial is not None and self.temporal is not None
 
     @property
     def scored(self) -> tuple[str, ...]:
@@ -323,7 +343,7 @@ class ActionNetwork(nn.Module):
             if not train:
                 return x
             places = jnp.arange(len(rgb)) if rows is None else rows
-            return _ClipDropout(self.drop.rate(rate), name=name)(x, places)
+            return ClipDropout(self.drop.rate(rate), name=name)(x, places)
 
         x = dropped("drop_input", self.drop.input, features["pyramid"])
         features["states"] = self.recurrent(x)
@@ -378,7 +398,7 @@ class LateFusion(nn.Module):
         return features["logits"], features
 
 
-Network: TypeAlias = ActionNetwork | LateFusion
+Network: TypeAlias = ActionNetwork | LateFusion | C3D | CNNLSTM
 Params: TypeAlias = Mapping[str, Any]
 
 # A ConfigDict is no Mapping, though it acts as one.
@@ -395,8 +415,9 @@ def build_model(config: Config, num_classes: int) -> Network:
       num_classes: classes.
 
     Returns:
-      The network, an `ActionNetwork` or, with streams 'late', two; equal configurations give equal
-      networks, so that one compiled step serves both.
+      The network, an `ActionNetwork` or, with streams 'late', two; with another `architecture` one
+      of `baselines`. Equal configurations give equal networks, so that one compiled step serves
+      both.
 
     Raises:
       ValueError: an unknown or missing key, an impossible value, or values that do not go together
@@ -407,6 +428,7 @@ def build_model(config: Config, num_classes: int) -> Network:
       101
     """
     _check_keys("", config, list(PAPER_MODEL))
+    check_choice("architecture", config["architecture"], ("stf", "c3d", "cnn_lstm"))
     check_setting(is_count(config["width"]), "width", config["width"], "an integer from 1 on")
     check_choice("streams", config["streams"], ("both", "rgb", "flow", "late"))
     check_choice("precision", config["precision"], ("float32", "bfloat16"))
@@ -420,6 +442,11 @@ def build_model(config: Config, num_classes: int) -> Network:
     lstm = _section(LSTMSettings, "lstm", config)
     head = _section(HeadSettings, "head", config)
     remat = _section(RematSettings, "remat", config)
+    drop, tpn = _section(DropSettings, "drop", config), _section(TPNSettings, "tpn", config)
+    c3d = _section(C3DSettings, "c3d", config)
+    cnn_lstm = _section(CNNLSTMSettings, "cnn_lstm", config)
+    if config["architecture"] != "stf":
+        return _baseline(config, num_classes, remat, drop, c3d, cnn_lstm)
     _check_combination(config, conv3d, temporal, fusion)
     check_setting(
         head.combine == "project" or lstm.hidden == num_classes,
@@ -427,9 +454,7 @@ def build_model(config: Config, num_classes: int) -> Network:
         head.combine,
         f"'project', or lstm.hidden ({lstm.hidden}) equal to the number of classes ({num_classes})",
     )
-    width, norm_groups = config["width"], groups if config["norm"] == "group" else 0
-    dtype = jnp.bfloat16 if config["precision"] == "bfloat16" else None
-    tpn, drop = _section(TPNSettings, "tpn", config), _section(DropSettings, "drop", config)
+    width, norm_groups, dtype = config["width"], _norm_groups(config), _dtype(config)
     spatial = functools.partial(_remat(SpatialStream, remat.spatial), width, norm_groups, dtype)
     stream = _remat(TemporalStream, remat.temporal)
     flow = functools.partial(stream, width, mst, conv3d, temporal, norm_groups, dtype)
@@ -449,6 +474,36 @@ def build_model(config: Config, num_classes: int) -> Network:
     if config["streams"] == "late":
         return LateFusion(rgb=network("rgb"), flow=network("flow"))
     return network(config["streams"])
+
+
+def _norm_groups(config: Config) -> int:
+    return config["norm_groups"] if config["norm"] == "group" else 0
+
+
+def _dtype(config: Config) -> DTypeLike | None:
+    return jnp.bfloat16 if config["precision"] == "bfloat16" else None
+
+
+def _baseline(
+    config: Config,
+    num_classes: int,
+    remat: RematSettings,
+    drop: DropSettings,
+    c3d: C3DSettings,
+    cnn_lstm: CNNLSTMSettings,
+) -> C3D | CNNLSTM:
+    """One of the networks that ours is compared with."""
+    stream, name = config["streams"], config["architecture"]
+    one = f"'rgb' (as published) or 'flow' with model.architecture {name!r}, which sees one stream"
+    check_setting(stream in ("rgb", "flow"), "streams", stream, one)
+    how = remat.spatial if stream == "rgb" else remat.temporal
+    norm_groups, dtype = _norm_groups(config), _dtype(config)
+    rates = drop.rate(drop.input), drop.rate(drop.output)
+    if name == "c3d":
+        volumes = _remat(Volumes, how)(c3d.width, norm_groups, dtype)
+        return C3D(stream, volumes, c3d.dense, num_classes, rates, dtype)
+    frames = _remat(Frames, how)(cnn_lstm.width, norm_groups, dtype)
+    return CNNLSTM(stream, frames, cnn_lstm.hidden, num_classes, rates, dtype)
 
 
 def _section(settings: type[Section], name: str, config: Config) -> Section:
@@ -506,10 +561,12 @@ def fold_pyramid(network: Network, params: Params) -> tuple[Network, Params]:
 
     Returns:
       A network without the levels that divide the finest one, and its parameters. With
-      `tpn.psi` = 'max', or nothing to fold, they are those that came.
+      `tpn.psi` = 'max', nothing to fold, or no pyramid, they are those that came.
 
     Source: SPEC 6.5.
     """
+    if isinstance(network, C3D | CNNLSTM):
+        return network, params
     if isinstance(network, LateFusion):
         folded = {
             name: fold_pyramid(part, params[name])

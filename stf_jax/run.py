@@ -80,6 +80,7 @@ class Settings:
         if config.log_every_steps < 1:
             raise ValueError(f"log_every_steps must be at least 1, got {config.log_every_steps}")
         build_model(config.model, num_classes=2)
+        _check_pretrained(config)
         if config.inputs.crop_size > config.records.size:
             raise ValueError(
                 f"inputs.crop_size is {config.inputs.crop_size} px but records.size is only "
@@ -164,6 +165,17 @@ class Settings:
     def abstract_params(self, num_classes: int) -> Params:
         """The shapes and dtypes of the parameters; costs no memory."""
         return _abstract_params(self.model(num_classes), *self.clip_shapes(1))
+
+
+def _check_pretrained(config: ml_collections.FrozenConfigDict) -> None:
+    """ImageNet weights are VGG-16's: there are none for 3-D convolutions, nor for flow alone."""
+    name, stream = config.model.architecture, config.model.streams
+    fits = name == "stf" or (name == "cnn_lstm" and stream == "rgb")
+    if not fits and config.pretrained != "none" and not config.transfer.source:
+        raise ValueError(
+            f"pretrained: got {config.pretrained!r}, allowed: 'none' with model.architecture="
+            f"{name!r} and model.streams={stream!r}, which VGG-16's ImageNet weights do not fit"
+        )
 
 
 def _init(key: jax.Array, *, model: Network, rgb: tuple[int, ...], flow: tuple[int, ...]) -> Params:

@@ -20,7 +20,7 @@ from einops import rearrange, reduce
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from stf_jax.convolution import convolve, is_open
 
@@ -241,6 +241,32 @@ class Convolution(nn.Module):
         if self.norm_groups:
             y = GroupNorm(self.norm_groups, name="norm")(y)
         return relu(y) if self.relu else y
+
+
+class ClipDropout(nn.Module):
+    """Dropout whose draws for a clip depend on the clip's place in the batch and on nothing else.
+
+    So they are the same in whatever parts a batch is worked through.
+
+    Attributes:
+      rate: probability for each number.
+    """
+
+    rate: float
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b *rest"], rows: Int[Array, " b"]
+    ) -> Float[Array, "b *rest"]:
+        """Drops numbers of clips that stand in the places `rows` of the batch."""
+        if not self.rate:
+            return x
+        key = self.make_rng("dropout")
+
+        def kept(row: Array) -> Array:
+            return jax.random.bernoulli(jax.random.fold_in(key, row), 1 - self.rate, x.shape[1:])
+
+        return jnp.where(jax.vmap(kept)(rows), x / (1 - self.rate), jnp.zeros_like(x))
 
 
 def vgg_blocks(

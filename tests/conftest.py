@@ -83,6 +83,7 @@ def tiny_model_settings() -> dict:
     Fits clips of 8 frames (2 windows of 4) at 32x32.
     """
     return {
+        "architecture": "stf",
         "width": 4,
         "streams": "both",
         "precision": "float32",
@@ -115,6 +116,8 @@ def tiny_model_settings() -> dict:
         },
         "head": {"combine": "project", "pool": "mean_logits"},
         "drop": {"input": 0.5, "output": 0.25, "semantics": "drop"},
+        "c3d": {"width": 4, "dense": 16},
+        "cnn_lstm": {"width": 4, "hidden": 6},
     }
 
 

@@ -19,9 +19,9 @@ ROOT = Path(__file__).parent.parent
 WALK = (
     "host native_errors progress startup archives index protocols layouts demo video flow tvl1 "
     "datasets prepare shards records augment inputs views pipeline convolution vgg streams fusion "
-    "recurrent model metrics scores charts optim parallel hosts checkpoint transfer run evaluate "
-    "monitor train cost predict watch timeline explain onnx_graph export wording curves report "
-    "analysis app doctor main"
+    "recurrent baselines model metrics scores charts optim parallel hosts checkpoint transfer run "
+    "evaluate monitor train cost predict watch timeline explain onnx_graph export wording curves "
+    "report analysis app doctor main"
 ).split()
 MODULES = {path.stem: path for path in (ROOT / "stf_jax").glob("*.py") if path.stem != "__init__"}
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
