@@ -14,6 +14,7 @@ import cv2
 import jax.numpy as jnp
 import numpy as np
 import sklearn
+import tensorflow as tf
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, GroupKFold
@@ -106,6 +107,7 @@ BASELINES: Mapping[str, Baseline] = {
     "all features": Baseline(("metadata", "colour", "flow"), _ANY),
 }
 
+TREES = 200  # of a forest
 CLASSIFIERS: Mapping[str, tuple[Callable[[int], Any], str, tuple[Any, ...]]] = {
     "logistic": (
         lambda seed: LogisticRegression(max_iter=10_000),
@@ -119,7 +121,7 @@ CLASSIFIERS: Mapping[str, tuple[Callable[[int], Any], str, tuple[Any, ...]]] = {
         (4, 8, 16, 32, 64),
     ),
     "forest": (
-        lambda seed: RandomForestClassifier(n_estimators=300, random_state=seed),
+        lambda seed: RandomForestClassifier(n_estimators=TREES, random_state=seed),
         "min_samples_leaf",
         (8, 4, 2, 1),
     ),
@@ -229,7 +231,7 @@ def read_features(entries: Sequence[ClipEntry], records: Records) -> Features:
 
 def decoded(records: Records, video_id: str) -> tuple[np.ndarray, np.ndarray]:
     """All frames of a video, uint8 `t h w 3`, and its flow, float32 `t h w 2`, px per frame."""
-    example = records.parse(records.read(records.rows[video_id].record))
+    example = records.parse(tf.constant(records.read(records.rows[video_id].record)))
 
     def pictures(name: str, how: int) -> np.ndarray:
         data = [np.frombuffer(jpeg, np.uint8) for jpeg in example[name].numpy()]

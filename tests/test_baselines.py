@@ -23,8 +23,8 @@ from stf_jax.train import initial_state, train_step
 
 CLASSES = 3
 CHANCE = np.random.default_rng(0)
-RGB = CHANCE.normal(size=(2, 5, 32, 32, 3)).astype(np.float32)
-FLOW = CHANCE.normal(size=(2, 5, 32, 32, 8)).astype(np.float32)
+RGB = jnp.asarray(CHANCE.normal(size=(2, 5, 32, 32, 3)), jnp.float32)
+FLOW = jnp.asarray(CHANCE.normal(size=(2, 5, 32, 32, 8)), jnp.float32)
 
 
 def made(config, architecture, streams="rgb", **changes):
@@ -105,10 +105,9 @@ def test_pooling_in_time_keeps_the_odd_frame_and_passes_its_gradient():
 
 def test_volumes_are_convolutions_and_poolings_of_xla():
     volumes = Volumes(width=2, norm_groups=0)
-    rgb = jnp.asarray(RGB)
-    variables = volumes.init(jax.random.key(0), rgb)
-    got = volumes.apply(variables, rgb)
-    x, number = rgb, 0
+    variables = jax.jit(volumes.init)(jax.random.key(0), RGB)
+    got = jax.jit(volumes.apply)(variables, RGB)
+    x, number = RGB, 0
     for names in ("1a", "2a", "3a 3b", "4a 4b", "5a 5b"):
         for name in names.split():
             weights = variables["params"][f"conv{name}"]
@@ -128,7 +127,7 @@ def test_volumes_are_convolutions_and_poolings_of_xla():
 
 def test_a_network_sees_its_own_stream_only(small):
     apply = small[2]
-    still = np.zeros_like
+    still = jnp.zeros_like
     with_flow, without = apply(RGB, FLOW), apply(RGB, still(FLOW))
     np.testing.assert_array_equal(with_flow["logits"], without["logits"])
     assert np.abs(with_flow["logits"] - apply(still(RGB), FLOW)["logits"]).max() > 1e-3
@@ -231,15 +230,16 @@ def test_imagenet_weights_are_for_the_frames_of_the_cnn_alone(tiny_config):
 
 
 def test_frames_that_five_poolings_would_use_up_are_named(small):
-    network = small[0]
+    network, params, _ = small
+    rgb, flow = (jnp.zeros((1, 5, 31, 40, n)) for n in (3, 8))
     with pytest.raises(ValueError, match="31x40 px are too small"):
-        network.init(jax.random.key(0), RGB[:, :, :31].repeat(2, 3)[:, :, :, :40],
-            FLOW[:, :, :31].repeat(2, 3)[:, :, :, :40], train=False)  # fmt: skip
+        network.apply({"params": params}, rgb, flow, train=False)
 
 
 @pytest.mark.parametrize("architecture", ["c3d", "cnn_lstm"])
 def test_each_learns_through_the_training_step_of_ours(tiny_config, tiny_records, architecture):
-    tiny_config.model.update(architecture=architecture, streams="rgb")
+    tiny_config.model.update(architecture=architecture, streams="rgb", norm="none")
+    tiny_config.model.drop.update(input=0.0, output=0.0)
     settings = Settings.of(tiny_config)
     index, records = tiny_records
     entries = usable_entries(index, records, "train")
@@ -262,6 +262,7 @@ def test_each_learns_through_the_training_step_of_ours(tiny_config, tiny_records
     assert all(jax.tree.leaves(moved))
 
 
+@pytest.mark.slow
 def test_a_whole_run_ends_in_a_report_and_predicts(tiny_config, tiny_videos, tmp_path):
     tiny_config.model.update(architecture="c3d", streams="flow")
     tiny_config.eval.each_stream = True  # a network of one stream has none to silence

@@ -27,6 +27,12 @@ from stf_jax.scores import read_scores
 SEED = 0
 
 
+@pytest.fixture(autouse=True)
+def few_trees(monkeypatch):
+    """A forest of few trees behaves like a large one, and is planted sooner."""
+    monkeypatch.setattr(features, "TREES", 5)
+
+
 def test_a_flow_histogram_by_hand():
     """Of four places one moves right by 3, one down by 1, one up and left by 0.25 each."""
     fields = np.zeros((1, 2, 2, 2))
