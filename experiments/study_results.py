@@ -14,6 +14,7 @@ worked out from them.
 import csv
 import dataclasses
 import hashlib
+import io
 import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -93,6 +94,12 @@ class Tables:
                     f"the new ones about {run['data']!r}: generated and real videos never share a "
                     "table; choose another --results"
                 )
+            if other["chance"] != _text(run["chance"]):
+                raise ValueError(
+                    f"study {run['study']!r}: the results so far are about 1 / {other['chance']} "
+                    f"classes and the new ones about 1 / {_text(run['chance'])}: other videos, "
+                    "though the settings are the same; choose another --results"
+                )
         text = {name: _text(run[name]) for name in RUN_COLUMNS}
         lines = [{name: _text(video[name]) for name in VIDEO_COLUMNS} for video in videos]
         return Tables({**self.runs, key: text}, {**self.videos, key: lines})
@@ -141,8 +148,6 @@ def _read(path: Path) -> list[dict[str, str]]:
 
 
 def _write(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    import io
-
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
