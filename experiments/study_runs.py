@@ -158,8 +158,8 @@ def _card(card: str, overrides: Mapping[str, str], row: str) -> ConfigDict:
         Settings.of(config)
     except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as error:
         lines = str(error).strip().splitlines()
-        told = lines[-1] if "Traceback" in str(error) else " ".join(str(error).split())
-        raise ValueError(f"row {row!r}, {card}: {told}") from None
+        said = lines[-1] if "Traceback" in str(error) else " ".join(str(error).split())
+        raise ValueError(f"row {row!r}, {card}: {said}") from None
     return config
 
 
