@@ -8,13 +8,14 @@
 
 Studies stand in experiments/studies.py. Every run has a folder, OUT/STUDY/ROW-seedS, and what it
 says in OUT/STUDY/ROW-seedS.log. Stopped at any moment, the same command goes on; runs whose results
-are in the tables already, from another sitting or machine, are not made again. `--config.KEY=VALUE`
+are in the tables already, from another sitting or machine, are not made again, unless the settings of
+the study have changed since. `--config.KEY=VALUE`
 changes a setting of all runs. `--select` scores them on held-out training groups instead of the
 test, to choose settings by; its tables are apart and say so.
 
-Writes to experiments/results, after every run: study_NAME.csv, study_NAME_videos.csv,
-study_NAME_summary.csv and study_NAME.png (see experiments/study_results.py). `--summarise` makes
-the last two anew from the first two, without any run folder.
+Writes to experiments/results: study_NAME.csv and study_NAME_videos.csv after every run, at the end
+study_NAME_summary.csv, study_NAME.png (see experiments/study_results.py) and the page of all
+results. `--summarise` makes these anew from the first two, without any run folder.
 
 Exit code: 0 all is well; 1 a run failed, or the settings are impossible (the message says why);
 128 + N stopped by signal N. Runs that did not fit into `--budget` are no failure.
@@ -22,9 +23,8 @@ Exit code: 0 all is well; 1 a run failed, or the settings are impossible (the me
 
 import os
 import re
-import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -33,10 +33,16 @@ from absl import app, flags
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from experiments import study_results, study_runs  # noqa: E402
-from experiments.studies import STUDIES, Study  # noqa: E402
-from experiments.study_results import Key, Tables, digest  # noqa: E402
-from experiments.study_runs import Expected, Job, make_runs, plan, seconds_of  # noqa: E402
+from experiments.studies import STUDIES  # noqa: E402
+from experiments.study_results import Tables  # noqa: E402
+from experiments.study_runs import (  # noqa: E402
+    label_of,
+    plan,
+    seconds_of,
+    sitting,
+    summarise,
+    wanted_settings,
+)
 
 _STUDY = flags.DEFINE_enum("study", None, list(STUDIES), "Which study.")
 _ROWS = flags.DEFINE_list("rows", None, "Only these rows.")
@@ -57,90 +63,6 @@ _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what would be run, and wha
 _SUMMARISE = flags.DEFINE_bool("summarise", False, "Only summary and figure, from the tables.")
 
 _changes: dict[str, str] = {}
-
-
-def label_of(study: Study, select: bool) -> str:
-    """What the files of a study are called."""
-    return f"study_{study.name}" + "_selection" * select
-
-
-def wanted_settings(study: Study, tables: Tables, changes: Mapping[str, str]) -> dict[Key, str]:
-    """Digests of the settings that every run of the study would have now, by row and seed."""
-    from stf_jax.run import deciding
-
-    seeds = {int(seed) for _, seed in tables.runs} | set(study.seeds)
-    rows = [row.name for row in study.rows]
-    jobs = plan(study, Path("none"), rows=rows, seeds=sorted(seeds), changes=changes)
-    return {(job.row.name, str(job.seed)): digest(deciding(job.config)) for job in jobs}
-
-
-def summarise(study: Study, tables: Tables, results: Path, label: str) -> None:
-    """Writes the tables, and from them summary and figure."""
-    tables.write(results, label)
-    fresh = tables.fresh()
-    for key in sorted(tables.runs.keys() - fresh.runs.keys()):
-        print(
-            f"  stale: row {key[0]!r} with seed {key[1]} was made with other settings than the "
-            "study has now; it stays in the table and is left out of the summary"
-        )
-    if not fresh.runs:
-        print("no run to summarise yet")
-        return
-    lines = study_results.summarise(study, fresh)
-    study_results.write_summary(results, label, study, lines)
-    study_results.draw(results / f"{label}.png", study, fresh, lines)
-    for line in lines:
-        gain = "" if line["difference"] is None else f", {100 * line['difference']:+.1f} points"
-        print(f"  {line['row']}: {line['mean']:.1%} (seeds {line['seeds']}){gain}")
-    print(f"{results / label}.csv, _videos.csv, _summary.csv, .png")
-
-
-def _sitting(study: Study, jobs: Sequence[Job], results: Path, label: str) -> int:
-    """Makes what is missing, keeping the tables up to date; returns the exit code."""
-    tables = Tables.read(results, label)
-    wanted = wanted_settings(study, tables, _changes)
-    tables = tables.marked(wanted)
-
-    def add(job: Job) -> None:
-        nonlocal tables
-        found = study_results.collect(job.workdir, study, job.row, job.seed, job.told)
-        tables = tables.merged(*found).marked(wanted)
-        tables.write(results, label)
-
-    missing = []
-    for job in jobs:
-        if job.done():
-            add(job)
-        elif not _recorded(job, tables):
-            missing.append(job)
-    print(f"{study.name}: {len(jobs) - len(missing)} of {len(jobs)} runs are done")
-    if _DRY_RUN.value:
-        for job in missing:
-            print(f"{job.name}:\n  {shlex.join(job.command)}")
-        return 0
-    known = [(row, float(run["run_seconds"])) for (row, _), run in tables.fresh().runs.items()]
-    if missing and _JOBS.value > 1:
-        study_runs.prepare_once(missing, print)
-    outcome = make_runs(
-        missing,
-        at_once=_JOBS.value,
-        budget=seconds_of(_BUDGET.value),
-        expected=Expected(known),
-        finished=add,
-        say=lambda line: print(line, flush=True),
-    )
-    summarise(study, tables, results, label)
-    if outcome.left:
-        print(f"{len(outcome.left)} runs are left: the same command makes them")
-    for job in outcome.failed:
-        print(f"FAILED: {job.name}, see {job.log}", file=sys.stderr)
-    return 128 + outcome.stopped if outcome.stopped else int(bool(outcome.failed))
-
-
-def _recorded(job: Job, tables: Tables) -> bool:
-    """Whether another sitting or machine has made the run: its folder need not be here."""
-    key = job.row.name, str(job.seed)
-    return key in tables.runs and not tables.runs[key]["stale"]
 
 
 def _list() -> None:
@@ -179,7 +101,16 @@ def main(argv: Sequence[str]) -> None:
             summarise(study, marked, results, label)
             return
         jobs = plan(study, out, rows=rows, seeds=seeds_of, changes=_changes)
-        code = _sitting(study, jobs, results, label)
+        code = sitting(
+            jobs,
+            Tables.read(results, label),
+            results,
+            changes=_changes,
+            label=label,
+            at_once=_JOBS.value,
+            budget=seconds_of(_BUDGET.value),
+            dry_run=_DRY_RUN.value,
+        )
     except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get("STF_DEBUG"):
             raise

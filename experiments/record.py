@@ -4,7 +4,8 @@
 
 Writes experiments/results/<name>.json, then fills the tables between `<!-- results: ... -->` marks
 in README.md and BUILD_NOTES.md from all files there: accuracies from the records, speed and memory
-from the tables of experiments/bench. Generated and real videos never share one. Without arguments
+from the tables of experiments/bench, summaries of studies; and the page of all results beside the
+files. Generated and real videos never share one. Without arguments
 only the tables are filled.
 """
 
@@ -144,6 +145,10 @@ def main(argv: Sequence[str]) -> None:
     records = {path.stem: json.loads(path.read_text()) for path in _RESULTS.glob("*.json")}
     for page in (_ROOT / "README.md", _ROOT / "BUILD_NOTES.md"):
         page.write_text(update(page.read_text(encoding="utf-8"), records), encoding="utf-8")
+    sys.path.insert(0, str(_ROOT))
+    from experiments import results_page
+
+    results_page.write(_RESULTS)
 
 
 if __name__ == "__main__":

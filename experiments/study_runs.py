@@ -9,6 +9,7 @@ import dataclasses
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,7 +21,9 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from experiments import results_page, study_results
 from experiments.studies import Row, Study
+from experiments.study_results import Key, Tables, digest
 from stf_jax.wording import duration
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -200,8 +203,11 @@ def _gpus() -> list[str]:
     return listed.stdout.split()
 
 
-def prepare_once(jobs: Sequence[Job], say: Callable[[str], None]) -> None:
+def prepare_once(jobs: Sequence[Job], say: Callable[[str], None]) -> int:
     """Prepares the videos of runs that are going to be made at once: once for each kind.
+
+    Returns:
+      The signal that stopped it, or 0.
 
     Raises:
       RuntimeError: it failed (the reason was printed).
@@ -212,9 +218,19 @@ def prepare_once(jobs: Sequence[Job], say: Callable[[str], None]) -> None:
             f"preparing videos, {number} of {len(kinds)} kinds (as row {job.row.name!r} needs them)"
         )
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run([*_PREPARE, *job.arguments], env=environment, check=False)
-        if done.returncode not in (0, _UNUSABLE_VIDEOS):
+        command = [*_PREPARE, *job.arguments]
+        with _signals() as caught:
+            process = subprocess.Popen(command, env=environment, start_new_session=True)
+            while process.poll() is None:
+                time.sleep(0.2)
+                if caught:
+                    process.send_signal(signal.SIGINT)  # what is prepared stays
+                    process.wait()
+        if caught:
+            return caught[0]
+        if process.returncode not in (0, _UNUSABLE_VIDEOS):
             raise RuntimeError(f"preparing the videos of row {job.row.name!r} failed, see above")
+    return 0
 
 
 # --- running ---------------------------------------------------------------------------------
@@ -290,7 +306,7 @@ def make_runs(
     free = shares(at_once)
     running: list[tuple[subprocess.Popen[bytes], Job, dict[str, Any], float]] = []
     began = time.monotonic()
-    with _signals() as caught:
+    with _signals() as caught, _none_left_behind(running):
         passed_on = 0
         while waiting or running:
             while waiting and free and not caught:
@@ -326,6 +342,20 @@ def make_runs(
     outcome.left += waiting
     outcome.stopped = caught[0] if caught else 0
     return outcome
+
+
+@contextlib.contextmanager
+def _none_left_behind(
+    running: Sequence[tuple[subprocess.Popen[bytes], Any, Any, Any]],
+) -> Iterator[None]:
+    """Stops the runs that are still there if something goes wrong here; they save first."""
+    try:
+        yield
+    finally:
+        for process, *_ in running:
+            process.terminate()
+        for process, *_ in running:
+            process.wait()
 
 
 def _start(job: Job, share: Mapping[str, Any]) -> subprocess.Popen[bytes]:
@@ -372,6 +402,120 @@ def _signals() -> Iterator[list[int]]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+
+
+# --- a sitting -----------------------------------------------------------------------------
+
+
+def label_of(study: Study, select: bool) -> str:
+    """What the files of a study are called."""
+    return f"study_{study.name}" + "_selection" * select
+
+
+def wanted_settings(study: Study, tables: Tables, changes: Mapping[str, str]) -> dict[Key, str]:
+    """Digests of the settings that every run of the study would have now, by row and seed."""
+    from stf_jax.run import deciding
+
+    seeds = {int(seed) for _, seed in tables.runs} | set(study.seeds)
+    rows = [row.name for row in study.rows]
+    jobs = plan(study, Path("none"), rows=rows, seeds=sorted(seeds), changes=changes)
+    return {(job.row.name, str(job.seed)): digest(deciding(job.config)) for job in jobs}
+
+
+def summarise(study: Study, tables: Tables, results: Path, label: str) -> None:
+    """Writes the tables, and from them summary and figure."""
+    tables.write(results, label)
+    fresh = tables.fresh()
+    for key in sorted(tables.runs.keys() - fresh.runs.keys()):
+        print(
+            f"  stale: row {key[0]!r} with seed {key[1]} was made with other settings than the "
+            "study has now; it stays in the table and is left out of the summary"
+        )
+    if not fresh.runs:
+        print("no run to summarise yet")
+        return
+    lines = study_results.summarise(study, fresh)
+    study_results.write_summary(results, label, study, lines)
+    study_results.draw(results / f"{label}.png", study, fresh, lines)
+    for line in lines:
+        gain = "" if line["difference"] is None else f", {100 * line['difference']:+.1f} points"
+        print(f"  {line['row']}: {line['mean']:.1%} (seeds {line['seeds']}){gain}")
+    print(f"{results / label}.csv, _videos.csv, _summary.csv, .png; {results_page.write(results)}")
+
+
+def sitting(
+    jobs: Sequence[Job],
+    tables: Tables,
+    results: Path,
+    *,
+    changes: Mapping[str, str],
+    label: str,
+    at_once: int,
+    budget: float,
+    dry_run: bool,
+) -> int:
+    """Makes what is missing of a study, and keeps its tables up to date.
+
+    Args:
+      jobs: the runs that are wanted, of one study, from `plan`.
+      tables: what is known of the study so far.
+      results: the folder of its tables.
+      changes: settings that the command line changes in all runs.
+      label: what its files are called.
+      at_once: how many runs at a time.
+      budget: seconds; see `make_runs`.
+      dry_run: only print what would be done.
+
+    Returns:
+      The exit code: 0, 1 if a run failed, or 128 + the number of a signal.
+
+    Raises:
+      ValueError: a run folder was made with other settings (names the run and the settings), or
+        its results do not belong into the same tables.
+    """
+    study = jobs[0].study
+    wanted = wanted_settings(study, tables, changes)
+    tables = tables.marked(wanted)
+
+    def add(job: Job) -> None:
+        nonlocal tables
+        found = study_results.collect(job.workdir, study, job.row, job.seed, job.told)
+        tables = tables.merged(*found).marked(wanted)
+        tables.write(results, label)
+
+    unknown = [job for job in jobs if not _recorded(job, tables)]
+    done = [job for job in unknown if job.done()]  # all are looked at before anything begins
+    missing = [job for job in unknown if job not in done]
+    print(f"{study.name}: {len(jobs) - len(missing)} of {len(jobs)} runs are done")
+    if dry_run:
+        for job in missing:
+            print(f"{job.name}:\n  {shlex.join(job.command)}")
+        return 0
+    for job in done:
+        add(job)
+    known = [(row, float(run["run_seconds"])) for (row, _), run in tables.fresh().runs.items()]
+    if missing and at_once > 1 and (stopped := prepare_once(missing, print)):
+        return 128 + stopped
+    outcome = make_runs(
+        missing,
+        at_once=at_once,
+        budget=budget,
+        expected=Expected(known),
+        finished=add,
+        say=lambda line: print(line, flush=True),
+    )
+    summarise(study, tables, results, label)
+    if outcome.left:
+        print(f"{len(outcome.left)} runs are left: the same command makes them")
+    for job in outcome.failed:
+        print(f"FAILED: {job.name}, see {job.log}", file=sys.stderr)
+    return 128 + outcome.stopped if outcome.stopped else int(bool(outcome.failed))
+
+
+def _recorded(job: Job, tables: Tables) -> bool:
+    """Whether another sitting or machine has made the run: its folder need not be here."""
+    key = job.row.name, str(job.seed)
+    return key in tables.runs and not tables.runs[key]["stale"]
 
 
 def seconds_of(told: str) -> float:
