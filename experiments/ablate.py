@@ -7,11 +7,11 @@
     python experiments/ablate.py --study=parts --summarise
 
 Studies stand in experiments/studies.py. Every run has a folder, OUT/STUDY/ROW-seedS, and what it
-says in OUT/STUDY/ROW-seedS.log. Stopped at any moment, the same command goes on; runs whose results
-are in the tables already, from another sitting or machine, are not made again, unless the settings of
-the study have changed since. `--config.KEY=VALUE`
-changes a setting of all runs. `--select` scores them on held-out training groups instead of the
-test, to choose settings by; its tables are apart and say so.
+says in OUT/STUDY/ROW-seedS.log. Stopped at any moment, the same command goes on. Runs whose results
+are in the tables already, from another sitting or machine, are not made again, unless the settings
+of the study have changed since. `--config.KEY=VALUE` changes a setting of all runs. `--select`
+scores them on held-out training groups instead of the test, to choose settings by; its tables are
+apart and say so.
 
 Writes to experiments/results: study_NAME.csv and study_NAME_videos.csv after every run, at the end
 study_NAME_summary.csv, study_NAME.png (see experiments/study_results.py) and the page of all
