@@ -16,6 +16,7 @@ from experiments.studies import STUDIES, Study
 
 _EXPERIMENTS = Path(__file__).resolve().parent
 RESULTS = _EXPERIMENTS / "results"
+_FEW_SOURCES = 10
 _STUDY_PARTS = ("_videos.csv", "_summary.csv", ".png", ".csv")  # ".csv" fits all: comes last
 
 
@@ -76,7 +77,7 @@ def _study(folder: Path, label: str) -> str:
         summary = _read(folder / f"{label}_summary.csv")
         parts += [_summary_table(study, summary), *_few_seeds(study, summary)]
         parts.append(f"![{name}]({label}.png)")
-        parts.append(_circumstances(study, fresh))
+        parts.append(_circumstances(fresh, summary))
     if len(fresh) < len(runs):
         stale = [f"`{run['row']}` seed {run['seed']}" for run in runs if run["stale"]]
         parts.append(
@@ -171,7 +172,7 @@ def _few_seeds(study: Study, lines: Sequence[Mapping[str, str]]) -> list[str]:
     return told
 
 
-def _circumstances(study: Study, runs: Sequence[Mapping[str, str]]) -> str:
+def _circumstances(runs: Sequence[Mapping[str, str]], summary: Sequence[Mapping[str, str]]) -> str:
     """Protocols, leaks, commits and machines of the runs."""
     lines = []
     for protocol in dict.fromkeys(run["protocol"] for run in runs):
@@ -198,9 +199,11 @@ def _circumstances(study: Study, runs: Sequence[Mapping[str, str]]) -> str:
         f"- `{told['card']}`, seeds {seeds}; chance {', '.join(chance)}; commit {told['commit']}; "
         f"{told['machine']}; {len(runs)} runs of {hours:.1f} h together."
     )
+    fewest = min(int(line["sources"]) for line in summary)
     lines.append(
-        "- Intervals come from drawing the sources of the videos anew, with the seeds that there "
-        "are; that of a difference is over the same draws for both."
+        f"- Intervals come from drawing the sources of the videos ({fewest} or more of them) anew, "
+        "with the seeds that there are; that of a difference is over the same draws for both."
+        + (" So few sources make intervals too narrow." if fewest < _FEW_SOURCES else "")
     )
     return "\n".join(lines)
 

@@ -37,7 +37,7 @@ VIDEO_COLUMNS = ("row", "seed", "video_id", "source", "label", "predicted")
 SUMMARY_COLUMNS = (
     "row", "what", "seeds", "mean", "sd", "min", "max", "low95", "high95", "difference",
     "difference_low95", "difference_high95", "compared", "mean_class", "rgb_only", "flow_only",
-    "train_top1", "videos", "gmac", "parameters", "minutes",
+    "train_top1", "videos", "sources", "gmac", "parameters", "minutes",
 )  # fmt: skip
 _DRAW_SEED = 0  # of the resampling behind the intervals
 
@@ -289,6 +289,7 @@ def _line(study: Study, tables: Tables, keys: Sequence[Key], what: str) -> dict[
             for name in ("mean_class", "rgb_only", "flow_only", "train_top1", "gmac")
         },
         "videos": len({video["video_id"] for video in videos}),
+        "sources": len({video["source"] for video in videos}),
         "parameters": runs[0]["parameters"],
         "minutes": _mean([run["train_seconds"] for run in runs], 1 / 60),
         **{f"cue_{cue}": _recall(videos, classes) for cue, classes in study.cues.items()},
@@ -383,7 +384,7 @@ def draw(path: Path, study: Study, tables: Tables, lines: Sequence[dict[str, Any
 
     runs = list(tables.runs.values())
     height = 1.9 + 0.42 * len(lines)
-    widths = [6.0, 0.85 * (len(study.cues) + 1)] if study.cues else [1.0]
+    widths = [6.0, 1.1 * len(study.cues)] if study.cues else [1.0]
     figure = Figure(figsize=(11, height), dpi=110, layout="constrained")
     axes: Any = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
     _draw_dots(axes[0], study, tables, lines)
@@ -423,7 +424,7 @@ def _draw_dots(ax: Any, study: Study, tables: Tables, lines: Sequence[dict[str, 
             ax.axvline(100 * line["mean"], color="#2c5f8a", ls="--", lw=1, zorder=0)
     chance = statistics.fmean(float(run["chance"]) for run in tables.runs.values())
     ax.axvline(100 * chance, color="grey", ls=":", lw=1.2, zorder=0)
-    ax.text(100 * chance, -0.75, "chance", color="grey", fontsize=8, ha="center")
+    ax.text(100 * chance + 0.7, -0.75, "chance", color="grey", fontsize=8)
     labels = []
     for line in lines:
         count = len(line["seeds"].split())
@@ -458,7 +459,7 @@ def _draw_cues(ax: Any, study: Study, lines: Sequence[dict[str, Any]], chance: f
         ax.text(column, row, told, ha="center", va="center", fontsize=10,
                 color="white" if dark else "black")  # fmt: skip
     ax.set(xticks=range(len(study.cues)), yticks=[], ylim=(len(lines) - 0.4, -1.1))
-    ax.set_xticklabels(list(study.cues), fontsize=9)
+    ax.set_xticklabels(list(study.cues), fontsize=8)
     ax.set_title("accuracy of the classes that need it, %", fontsize=9)
     for side in ax.spines.values():
         side.set_visible(False)

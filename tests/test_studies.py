@@ -223,6 +223,7 @@ def test_the_summary_by_hand():
     assert first["mean"] == pytest.approx((1 + 0.75) / 2)
     assert first["sd"] == pytest.approx(0.25 / 2**0.5)
     assert (first["min"], first["max"], first["seeds"]) == (0.75, 1.0, "0 1")
+    assert (first["videos"], first["sources"]) == (4, 2)
     assert first["minutes"] == 1.5 and first["difference"] is None
     assert second["mean"] == pytest.approx((0.5 + 0.25) / 2)
     assert second["difference"] == pytest.approx(-0.5)
@@ -387,7 +388,8 @@ def test_the_page_tells_a_study_without_mixing_what_does_not_belong_together(tmp
         "-50.0 (-50.0 to -50.0)", "Fewer than 2 seeds: `b` 1.", "![toy](study_toy.png)",
         "made with other settings than the study has now: `b` seed 1", "official split 1",
         "`python experiments/ablate.py --study=toy` with `--config.batch_size=2`",
-        "chance 50.0 %; commit abc; two cores; 3 runs",
+        "chance 50.0 %; commit abc; two cores; 3 runs", "2 or more of them",
+        "So few sources make intervals too narrow.",
     ):  # fmt: skip
         assert said in page, said
     assert "selection" not in page and (tmp_path / "study_toy.png").stat().st_size > 10_000
