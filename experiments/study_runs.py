@@ -473,8 +473,12 @@ def sitting(
       ValueError: a run folder was made with other settings (names the run and the settings), or
         its results do not belong into the same tables.
     """
+    from stf_jax.run import deciding
+
     study = jobs[0].study
     wanted = wanted_settings(study, tables, changes)
+    # Their seeds may be others than the study's.
+    wanted |= {(j.row.name, str(j.seed)): digest(deciding(j.config)) for j in jobs}
     tables = tables.marked(wanted)
 
     def add(job: Job) -> None:
