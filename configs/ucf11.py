@@ -132,6 +132,7 @@ def get_config(presets: str = "") -> ConfigDict:
             "mid_relu": True,
             "mid": "out",
             "width": 512,
+            "temporal": 3,  # frames of the kernels of 3DCNN
         },
         "temporal": {"pool4": "after_mst1", "init": "he", "conv1_init": "random"},
         "fusion": {
@@ -143,6 +144,7 @@ def get_config(presets: str = "") -> ConfigDict:
         },
         "tpn": {"window": 8, "stride": 8, "levels": (1, 2, 4), "psi": "mean"},
         "lstm": {
+            "cell": "lstm",  # mean: none, the steps are averaged
             "hidden": 101,
             "ln": "tf",
             "ln_axis": "units",
@@ -177,6 +179,7 @@ def get_config(presets: str = "") -> ConfigDict:
     config.stage_order = ("first", "second")
     # How videos are scored at the end; the probabilities of a video's views are averaged.
     config.eval = {
+        "subset": "test",  # validation: held-out training groups, to choose settings by
         "num_clips": 1,  # per video, evenly spread (SPEC 1.8)
         "num_crops": 1,  # 3: along the longer side; 5: corners and centre
         "flip": False,  # mirror images too; wrong where left and right are different classes

@@ -23,7 +23,9 @@ from absl import app, flags
 from stf_jax import host, startup
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
-_SUBSET = flags.DEFINE_enum("subset", "test", ["train", "validation", "test"], "What to score.")
+_SUBSET = flags.DEFINE_enum(
+    "subset", None, ["train", "validation", "test"], "What to score; by default as `eval` says."
+)
 _STAGE = flags.DEFINE_string("stage", "", "Weights of this stage; the last one's by default.")
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "best", "Which of its weights: 'best', 'last', or the number of a stored step."
@@ -94,9 +96,10 @@ def main(argv: Sequence[str]) -> None:
 
     changes = {key: flag.value for key, flag in _CHANGES.items() if flag.value is not None}
     try:
+        run = Run(Path(_WORKDIR.value))
         facts, scores = score_again(
-            Run(Path(_WORKDIR.value)),
-            subset=_SUBSET.value,
+            run,
+            subset=_SUBSET.value or run.settings().eval.subset,
             changes=changes,
             allow=_ALLOW.value,
             views=_views(),

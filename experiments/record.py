@@ -4,7 +4,8 @@
 
 Writes experiments/results/<name>.json, then fills the tables between `<!-- results: ... -->` marks
 in README.md and BUILD_NOTES.md from all files there: accuracies from the records, speed and memory
-from the tables of experiments/bench. Generated and real videos never share one. Without arguments
+from the tables of experiments/bench, summaries of studies; and the page of all results beside the
+files. Generated and real videos never share one. Without arguments
 only the tables are filled.
 """
 
@@ -37,11 +38,19 @@ def record(workdir: Path, name: str) -> Path:
 
     Raises:
       FileNotFoundError: the run is not finished.
+      ValueError: its figures are not those of a test.
     """
     source = workdir / "results.json"
     if not source.exists():
         raise FileNotFoundError(f"{source} is missing: finish the run first")
     results = json.loads(source.read_text(encoding="utf-8"))
+    # Runs of before there was a choice were scored on their test videos.
+    if "subset" in results and results["subset"] != "test":
+        raise ValueError(
+            f"{workdir} was scored on its {results['subset']} videos ({results['protocol']}), by "
+            "which settings are chosen: such figures do not go into the table of results. Train "
+            "the chosen settings with --config.eval.subset=test in another folder."
+        )
     kept = {key: results[key] for key in _KEYS}
     if results["seen"] is not None:
         kept["seen"] = results["seen"]
@@ -131,11 +140,15 @@ def main(argv: Sequence[str]) -> None:
     try:
         if _WORKDIR.value and _NAME.value:
             print(record(Path(_WORKDIR.value), _NAME.value))
-    except (FileNotFoundError, KeyError) as error:
+    except (FileNotFoundError, KeyError, ValueError) as error:
         sys.exit(f"error: {error}")
     records = {path.stem: json.loads(path.read_text()) for path in _RESULTS.glob("*.json")}
     for page in (_ROOT / "README.md", _ROOT / "BUILD_NOTES.md"):
         page.write_text(update(page.read_text(encoding="utf-8"), records), encoding="utf-8")
+    sys.path.insert(0, str(_ROOT))
+    from experiments import results_page
+
+    results_page.write(_RESULTS)
 
 
 if __name__ == "__main__":

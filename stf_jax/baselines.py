@@ -294,7 +294,9 @@ class CNNLSTM(nn.Module):
         x = rearrange(pool2x2(features["block5"]), "b t h w c -> b t (h w c)")
         if train:
             x = ClipDropout(self.drop[0], name="drop_input")(x, _rows(x, rows))
-        cell = LSTMSettings(self.hidden, "none", "units", forget_bias=1.0, bidirectional=False)
+        cell = LSTMSettings(
+            "lstm", self.hidden, "none", "units", forget_bias=1.0, bidirectional=False
+        )
         x = features["states"] = BiLSTM(cell, self.dtype, name="recurrent")(x)[:, :, 0]
         if train:
             x = ClipDropout(self.drop[1], name="drop_output")(x, _rows(x, rows))

@@ -7,7 +7,7 @@ part of a network away that sees it, and that pair falls to chance.
     bobs_by_day / bobs_by_night              appearance: one frame is enough, flow shows nothing
     glides_left / glides_right               direction: neighbouring frames or flow
     circles_slowly / circles_fast            speed: the size of the flow
-    hops_then_sways / sways_then_hops        order: both halves hold the same frames and flow
+    hops_then_sways / sways_then_hops        order: the same movements, from rest to rest, in turn
 
 A group is a landscape and the hue of its actor. Every group plays every class, with a ball and
 with a star, and both file formats and (but for the first pair) day and night stand in every class
@@ -44,13 +44,17 @@ SIDE = 96  # px
 RATE = 25  # frames per second
 
 # Raised when the same seed gives other videos.
-_FORMAT = 1
+_FORMAT = 2
 _MARKER = "demo.json"
 
 # Frames are drawn this much larger and then averaged, which smooths every edge.
 _OVERSAMPLED = 2
 
 _HOP_FRAMES, _SWAY_FRAMES = 14, 20
+# The pair that differs in order: frames of hopping, of swaying, and of the rests before, between
+# and after them. Were a movement longer when it comes first, or did a flow stack (4 fields) show
+# the end of one and the start of the other, the pair could be told apart without its order.
+_HOPS, _SWAYS, _REST = 2 * _HOP_FRAMES, (_SWAY_FRAMES, 3 * _SWAY_FRAMES // 2), 4
 
 Path2D = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
@@ -166,16 +170,24 @@ def _motion(class_name: str, num_frames: int, chance: np.random.Generator) -> Pa
     return _two_movements(class_name.startswith("hops"), num_frames, x0, y0 + 8)
 
 
+def _num_frames(class_name: str, chance: np.random.Generator) -> int:
+    """Length of a clip; of the pair that differs in order, by what both of it consist of."""
+    if "_then_" in class_name:
+        return 3 * _REST + _HOPS + int(chance.choice(_SWAYS))
+    return int(chance.integers(52, 73))
+
+
 def _two_movements(hops_first: bool, num_frames: int, x0: float, y0: float) -> Path2D:
-    """Hopping and swaying; the change comes about half way, when both are at rest in the middle."""
-    period = _HOP_FRAMES if hops_first else _SWAY_FRAMES
-    change = max(1, round(num_frames / 2 / period)) * period
+    """Hopping and swaying, at rest in the middle before, between and after them."""
+    sways = num_frames - 3 * _REST - _HOPS
+    lengths = (_HOPS, sways) if hops_first else (sways, _HOPS)
+    begins = {True: _REST, False: 2 * _REST + lengths[0]}  # of what comes first, and of the other
 
     def path(t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        hops = (t < change) == hops_first
-        since = np.where(t < change, t, t - change)
-        x = np.where(hops, 0.0, 20 * np.sin(2 * np.pi * since / _SWAY_FRAMES))
-        y = np.where(hops, 22 * np.abs(np.sin(np.pi * since / _HOP_FRAMES)), 0.0)
+        hopped = np.clip(t - begins[hops_first], 0, _HOPS)
+        swayed = np.clip(t - begins[not hops_first], 0, sways)
+        x = 20 * np.sin(2 * np.pi * swayed / _SWAY_FRAMES)
+        y = 22 * np.abs(np.sin(np.pi * hopped / _HOP_FRAMES))
         return x0 + x, y0 - y
 
     return path
@@ -237,7 +249,7 @@ def _render(clip: DemoClip, landscape: _Landscape, seed: int) -> Iterator[np.nda
     """Yields the frames of a clip: uint8 [96 96 3], RGB."""
     label = CLASS_NAMES.index(clip.class_name)
     chance = np.random.default_rng((seed, 1, label, clip.group, clip.number))
-    num_frames = int(chance.integers(52, 73))
+    num_frames = _num_frames(clip.class_name, chance)
     size = chance.uniform(14, 17)
     picture = landscape.picture
     if clip.night:

@@ -35,6 +35,7 @@ from stf_jax.run import (
     Run,
     Settings,
     TrainedOn,
+    described,
     of_known_classes,
     scored_index,
     stage_params,
@@ -363,9 +364,11 @@ def score_again(
       FileNotFoundError: the run has no such weights, or the videos are not there.
       ValueError: the run was trained on some of the videos, or for something else.
     """
-    settings = _viewed(run.settings(), views or {})
+    # What is scored is what the figures are about, whatever the run's own were.
+    asked = "test" if subset == "train" else subset
+    settings = _viewed(run.settings(), {**(views or {}), "subset": asked})
     stored = run.read_json("data.json", "stamp")["stamp"]
-    index = load_index({**settings.config.data, **changes})
+    index = described(load_index({**settings.config.data, **changes}), settings)
     stamp = stamp_of(index, settings)
     # Another folder may be the same videos in another place: then nothing has changed.
     elsewhere = bool(changes) and stamp["split"] != stored["split"]

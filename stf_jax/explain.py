@@ -11,12 +11,8 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
-<<<<<<< HEAD
-from stf_jax.charts import picture
-=======
 from stf_jax.baselines import C3D, CNNLSTM
-from stf_jax.charts import save_figure
->>>>>>> baselines
+from stf_jax.charts import picture
 from stf_jax.checkpoint import Params
 from stf_jax.flow import flow_to_colour
 from stf_jax.fusion import segment_vectors
@@ -169,7 +165,9 @@ def _pyramid(network: ActionNetwork, params: Params, maps: dict[str, Array]) -> 
 
 
 def _classified(network: ActionNetwork, params: Params, pyramid: Array) -> tuple[Array, Array]:
-    states: Any = network.recurrent.apply({"params": params["recurrent"]}, pyramid)
+    # Without recurrence (`lstm.cell` 'mean') there are no weights of that name.
+    weights = params["recurrent"] if "recurrent" in params else {}
+    states: Any = network.recurrent.apply({"params": weights}, pyramid)
     classified: Any = network.head.apply({"params": params["head"]}, states)
     return classified
 
@@ -287,7 +285,10 @@ def _draw_steps(ax, explained: Explanation, names: tuple[str, ...]) -> None:
     for number, label in enumerate(classes):
         place = steps + (number - (len(classes) - 1) / 2) * width
         bars.append(ax.bar(place, explained.step_probabilities[:, label], width))
-    ax.set(xticks=steps, xticklabels=[f"step {step + 1}" for step in steps], ylim=(0, 1.3))
+    names_of_steps = [f"step {step + 1}" for step in steps]
+    if len(steps) < len(explained.part_gain):  # without recurrence
+        names_of_steps = ["mean of the steps"]
+    ax.set(xticks=steps, xticklabels=names_of_steps, ylim=(0, 1.3))
     ax.set(yticks=np.linspace(0, 1, 6), ylabel="probability")
     ax.set_title("each recurrent step by itself")
     # Handed over: of itself the legend leaves out names that begin with an underscore.

@@ -31,6 +31,7 @@ from stf_jax.pipeline import SamplingSettings
 from stf_jax.predict import Predictor, Trained
 from stf_jax.prepare import RecordSettings, write_aside
 from stf_jax.run import Run
+from stf_jax.wording import scored_videos
 
 # Largest difference of a probability from the one that JAX computes.
 LIMIT = 1e-4
@@ -232,8 +233,10 @@ def model_card(
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
     )
+    environment.filters["scored"] = scored_videos
     return environment.get_template("model_card.md.jinja").render(
-        results=results,
+        # Before it could be another, the subset was not written down.
+        results={"subset": "test", **results},
         signature=signature,
         formats={name: FORMATS[name].file for name in formats},
         config=json.dumps(shared_config(trained), indent=2),

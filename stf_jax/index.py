@@ -49,6 +49,8 @@ class VideoIndex:
       settings: what the split is a function of, for the checkpoint's stamp.
       resplit_seed: not None if every epoch draws a new split (`protocols.resplit`), from this.
       seen: share of test videos that earlier epochs have trained on; None if no epoch can have.
+      scored: the subset that protocol, leak and overlap are about, and a run's figures with them:
+        'test', or 'validation' (`protocols.scored_on`).
     """
 
     name: str
@@ -63,6 +65,7 @@ class VideoIndex:
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     resplit_seed: int | None = None
     seen: float | None = None
+    scored: str = "test"
 
     def path(self, entry: ClipEntry) -> Path:
         """The file of an entry."""
@@ -98,7 +101,10 @@ class VideoIndex:
         if self.overlap is None:
             told = "which videos share a source is not known"
         else:
-            told = f"{self.overlap:.1%} of the test videos share their source with training videos"
+            told = (
+                f"{self.overlap:.1%} of the {self.scored} videos share their source with training "
+                "videos"
+            )
         if self.seen is not None:
             told += f", {self.seen:.1%} of them were trained on in earlier epochs"
         return f"LEAKY: {told}"
@@ -110,10 +116,14 @@ class VideoIndex:
         return {"name": self.name, **self.settings, "videos": len(listed), "digest": digest[:16]}
 
 
-def overlap(entries: Sequence[ClipEntry]) -> float:
-    """Share of the test clips whose group also stands in training or validation."""
-    trained = {entry.group for entry in entries if entry.subset != "test"}
-    tested = [entry for entry in entries if entry.subset == "test"]
+def overlap(entries: Sequence[ClipEntry], subset: str = "test") -> float:
+    """Share of the test clips whose group also stands in training or validation.
+
+    Of 'validation' clips, those whose group also stands in training.
+    """
+    known = ("train", "validation") if subset == "test" else ("train",)
+    trained = {entry.group for entry in entries if entry.subset in known}
+    tested = [entry for entry in entries if entry.subset == subset]
     return sum(entry.group in trained for entry in tested) / max(1, len(tested))
 
 

@@ -123,7 +123,14 @@ def _work(
     from stf_jax.monitor import Profiler
     from stf_jax.progress import peak_memory_mb
     from stf_jax.records import open_records, prepare_records, record_folder
-    from stf_jax.run import allowed_mismatches, scored_index, stamp_of, with_source, write_videos
+    from stf_jax.run import (
+        allowed_mismatches,
+        described,
+        scored_index,
+        stamp_of,
+        with_source,
+        write_videos,
+    )
     from stf_jax.scores import write_scores
     from stf_jax.train import abstract_state, compile_ahead, train_stage
 
@@ -131,7 +138,7 @@ def _work(
     # A network that does not fit its clips fails here, not after hours of preparation.
     for name in settings.config.stage_order:
         abstract_state(settings, 2, name)
-    index = hosts.after_first(lambda: load_index(settings.config.data))
+    index = hosts.after_first(lambda: described(load_index(settings.config.data), settings))
     progress.say(index.summary())
     order = settings.config.stage_order
     todo = [name for name in order if not run.stage_file(name, "done.json").exists()]
@@ -164,7 +171,9 @@ def _work(
     if index.seen is not None:
         progress.say(index.leak())
     allow = allowed_mismatches(settings.config.allow_mismatch)
-    scores = score_run(run, settings, index, records, stamp=data["stamp"], allow=allow)
+    scores = score_run(
+        run, settings, index, records, index.scored, stamp=data["stamp"], allow=allow
+    )
     if hosts.leads():
         write_scores(run.workdir / "scores.csv", scores, index.class_names)
         write_samples(run.workdir / "samples", settings, records, scores)
@@ -174,6 +183,7 @@ def _work(
     results = {
         **run_figures(settings, index, scores),
         **{key: data[key] for key in ("protocol", "leaky", "excluded", "faults")},
+        "subset": index.scored,
         "overlap": index.overlap,
         "seen": index.seen,
         "notes": data["notes"],
@@ -221,8 +231,9 @@ def _data_facts(
     progress.say(f"videos: {told}; {left_out} of {len(rows)} excluded")
     if not counts["train"]:
         raise ValueError(f"{index.root}: no usable video to train on")
-    if not counts["test"]:
-        raise ValueError(f"{index.root}: no usable video to test on")
+    if not counts[index.scored]:
+        what = {"test": "test", "validation": "validate"}[index.scored]
+        raise ValueError(f"{index.root}: no usable video to {what} on (eval.subset)")
     if (run.workdir / "data.json").exists():
         # A later start finds the preparation done; the first one's time is the one to report.
         seconds = max(seconds, run.read_json("data.json")["prepare_seconds"])
@@ -279,7 +290,8 @@ def _headline(results: dict[str, Any]) -> str:
     low, high = results["interval95"]
     leak = f" LEAKY PROTOCOL ({_leak(results)}):" if results["leaky"] else ""
     return (
-        f"test:{leak} top-1 {results['top1']:.2%} (95 % interval {low:.1%} to {high:.1%}), "
+        f"{results['subset']}:{leak} top-1 {results['top1']:.2%} "
+        f"(95 % interval {low:.1%} to {high:.1%}), "
         f"top-5 {results['top5']:.2%}, mean class accuracy {results['mean_class_accuracy']:.2%}, "
         f"{results['num_videos']} videos ({len(results['excluded'])} excluded), "
         f"{results['views']['summary']}, {results['protocol']}"

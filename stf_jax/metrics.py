@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import flax.struct
@@ -281,11 +281,8 @@ def bootstrap(
     rows, hits = np.zeros((count, num_classes)), np.zeros((count, num_classes))
     np.add.at(rows, (sources, labels), 1)
     np.add.at(hits, (sources, labels), right)
-    chance = np.random.default_rng(seed)
     recall, top1 = np.empty((draws, num_classes)), np.empty(draws)
-    for start in range(0, draws, 100):  # a part at a time: many sources make a large table
-        part = slice(start, min(start + 100, draws))
-        times = chance.multinomial(count, np.full(count, 1 / count), part.stop - start)
+    for part, times in _draws(count, draws, seed):
         total, good = times @ rows, times @ hits
         recall[part] = np.where(total > 0, good / np.maximum(total, 1), np.nan)
         top1[part] = good.sum(axis=1) / total.sum(axis=1)
@@ -296,6 +293,49 @@ def bootstrap(
         mean_class_accuracy=_middle(np.nanmean(recall, axis=1)) if several else None,
         recall=[_middle(recall[:, k]) if known[k] > 1 else None for k in range(num_classes)],
     )
+
+
+def _draws(count: int, draws: int, seed: int) -> Iterator[tuple[slice, np.ndarray]]:
+    """How often each source was drawn, a part of the draws at a time: many make a large table."""
+    chance = np.random.default_rng(seed)
+    for start in range(0, draws, 100):
+        part = slice(start, min(start + 100, draws))
+        yield part, chance.multinomial(count, np.full(count, 1 / count), part.stop - start)
+
+
+def bootstrap_difference(
+    right: tuple[np.ndarray, np.ndarray],
+    sources: tuple[np.ndarray, np.ndarray],
+    *,
+    seed: int,
+    draws: int = 2000,
+) -> tuple[float, float] | None:
+    """The 95 % interval of the difference of two accuracies, by drawing whole sources anew.
+
+    Both are taken over the same draws. On the same videos that pairs them: what makes a video hard
+    for both does not count. On different videos their sources vary independently.
+
+    Args:
+      right: of the first and the second, float or bool `n` each, how far each row is right.
+      sources: int `n` each, its source, numbered from 0 over both together without gaps.
+      seed: of the draws.
+      draws: how many.
+
+    Returns:
+      Bounds of the first minus the second; None if there are fewer than two sources.
+    """
+    count = int(max(part.max() for part in sources)) + 1
+    if count < 2:
+        return None
+    rows = [np.bincount(part, minlength=count) for part in sources]
+    hits = [np.bincount(s, r, minlength=count) for r, s in zip(right, sources, strict=True)]
+    difference = np.empty(draws)
+    for part, times in _draws(count, draws, seed):
+        # A draw may have none of the videos of one side; it says nothing of the difference.
+        with np.errstate(invalid="ignore"):
+            first, second = ((times @ h) / (times @ n) for h, n in zip(hits, rows, strict=True))
+        difference[part] = first - second
+    return _middle(difference)
 
 
 def _middle(drawn: np.ndarray) -> tuple[float, float]:

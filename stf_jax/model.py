@@ -52,6 +52,7 @@ PAPER_MODEL: Mapping[str, Any] = {
         "mid_relu": True,
         "mid": "out",
         "width": 512,
+        "temporal": 3,
     },
     "temporal": {"pool4": "after_mst1", "init": "he", "conv1_init": "random"},
     "fusion": {
@@ -63,6 +64,7 @@ PAPER_MODEL: Mapping[str, Any] = {
     },
     "tpn": {"window": 8, "stride": 8, "levels": (1, 2, 4), "psi": "mean"},
     "lstm": {
+        "cell": "lstm",
         "hidden": 101,
         "ln": "tf",
         "ln_axis": "units",
@@ -221,31 +223,6 @@ class Head(nn.Module):
         return steps.mean(axis=1), steps
 
 
-<<<<<<< HEAD
-class _ClipDropout(nn.Module):
-    """Dropout whose draws for a clip depend on the clip's place in the batch and on nothing else.
-
-    So they are the same in whatever parts a batch is worked through.
-    """
-
-    rate: float
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, " b *rest"], rows: Int[Array, " b"]
-    ) -> Float[Array, " b *rest"]:
-        if not self.rate:
-            return x
-        key = self.make_rng("dropout")
-
-        def kept(row: Array) -> Array:
-            return jax.random.bernoulli(jax.random.fold_in(key, row), 1 - self.rate, x.shape[1:])
-
-        return jnp.where(jax.vmap(kept)(rows), x / (1 - self.rate), jnp.zeros_like(x))
-
-
-=======
->>>>>>> baselines
 class ActionNetwork(nn.Module):
     """Two streams, convolutional fusion, temporal pyramid, Bi-LN-LSTM, classifier.
 
@@ -305,7 +282,8 @@ class ActionNetwork(nn.Module):
           float32 logits `b k`, and every named intermediate: 'rgb_block1' to 'rgb_block5',
           'flow_block1' to 'flow_block4', 'flow_mst1', 'flow_conv3d1', 'flow_mst2', 'flow_conv3d2'
           and 'rgb_map', 'flow_map' `b t h w c`, 'fused' `b t h w c`, 'pyramid' `b s d`, 'states'
-          `b s n d` (n directions, before dropout), 'step_logits' `b s k`, 'logits' `b k`. With
+          `b s n d` (n directions, before dropout), 'step_logits' `b s k`, 'logits' `b k`; without
+          recurrence (`lstm.cell` 'mean') s = 1 in the last three but one. With
           `views` b is `(b v)` from the first 3-D layers on.
 
         Raises:
@@ -449,10 +427,11 @@ def build_model(config: Config, num_classes: int) -> Network:
         return _baseline(config, num_classes, remat, drop, c3d, cnn_lstm)
     _check_combination(config, conv3d, temporal, fusion)
     check_setting(
-        head.combine == "project" or lstm.hidden == num_classes,
+        head.combine == "project" or (lstm.cell == "lstm" and lstm.hidden == num_classes),
         "head.combine",
         head.combine,
-        f"'project', or lstm.hidden ({lstm.hidden}) equal to the number of classes ({num_classes})",
+        f"'project', or lstm.cell 'lstm' (is {lstm.cell!r}) and lstm.hidden ({lstm.hidden}) equal "
+        f"to the number of classes ({num_classes})",
     )
     width, norm_groups, dtype = config["width"], _norm_groups(config), _dtype(config)
     spatial = functools.partial(_remat(SpatialStream, remat.spatial), width, norm_groups, dtype)
@@ -579,12 +558,16 @@ def fold_pyramid(network: Network, params: Params) -> tuple[Network, Params]:
     kept = tuple(bins for bins in levels if finest % bins) + (finest,)
     if network.tpn.psi != "mean" or len(kept) == len(levels):
         return network, params
+    smaller = network.clone(tpn=dataclasses.replace(network.tpn, levels=kept))
+    if network.recurrent.settings.cell == "mean":  # the classifier reads the pyramid itself
+        project = params["head"]["project"]
+        project = {**project, "kernel": _folded(project["kernel"], levels)}
+        return smaller, {**params, "head": {"project": project}}
     recurrent = {
         name: {**direction, "input": {"kernel": _folded(direction["input"]["kernel"], levels)}}
         for name, direction in params["recurrent"].items()
     }
-    tpn = dataclasses.replace(network.tpn, levels=kept)
-    return network.clone(tpn=tpn), {**params, "recurrent": recurrent}
+    return smaller, {**params, "recurrent": recurrent}
 
 
 @functools.partial(jax.jit, static_argnums=1)

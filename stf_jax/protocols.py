@@ -302,6 +302,42 @@ def resplit(index: VideoIndex, stage: int, epoch: int) -> VideoIndex:
     return dataclasses.replace(index, entries=entries, overlap=shared)
 
 
+def scored_on(index: VideoIndex, subset: str) -> VideoIndex:
+    """The index as the figures of one of its subsets must describe it.
+
+    Args:
+      index: the videos.
+      subset: 'test' changes nothing. 'validation', to choose settings by: the protocol then says
+        that it is no test, and the leak is that of these videos.
+
+    Raises:
+      ValueError: the protocol holds no validation videos that a figure could be about.
+
+    Example:
+      >>> entries = (ClipEntry("a", 0, "a", "train"), ClipEntry("b", 0, "b", "validation"))
+      >>> index = VideoIndex("x", Path(), ("y",), entries, "official split 1", False, 0.0, (), 0)
+      >>> scored_on(index, "validation").protocol
+      'held-out training groups, not a test (they also chose the epoch), of official split 1'
+    """
+    if subset == "test":
+        return index
+    if index.resplit_seed is not None:
+        raise ValueError(
+            f"eval.subset={subset!r} means nothing with data.protocol='paper_resplit': every epoch "
+            "tests on what others train on, and nothing is held out; use 'test'"
+        )
+    shared = None if index.overlap is None else overlap(index.entries, subset)
+    kind = "groups" if shared == 0 else "videos"
+    return dataclasses.replace(
+        index,
+        protocol=f"held-out training {kind}, not a test (they also chose the epoch), of "
+        f"{index.protocol}",
+        leaky=shared != 0,
+        overlap=shared,
+        scored=subset,
+    )
+
+
 def after_epochs(index: VideoIndex, epochs: Sequence[int]) -> VideoIndex:
     """The split of the last of all epochs, with what had been trained on before it.
 

@@ -20,6 +20,8 @@ class LSTMSettings:
     """The recurrent layer (SPEC 7.1 to 7.6).
 
     Args:
+      cell: 'lstm', or 'mean' for none: the mean of the steps, which forgets their order, goes to
+        the classifier as one step. Then the other settings are not read.
       hidden: units per direction.
       ln: what is normalised. 'tf': all four gates and the new cell state, which is kept normalised
         (the stock TensorFlow 1 cell). 'ifo': the three sigmoid gates (the paper's words). 'ifgo':
@@ -34,6 +36,7 @@ class LSTMSettings:
       ValueError: an impossible value (names it).
     """
 
+    cell: str
     hidden: int
     ln: str
     ln_axis: str
@@ -42,6 +45,7 @@ class LSTMSettings:
 
     def __post_init__(self) -> None:
         """Checks the values."""
+        check_choice("lstm.cell", self.cell, ("lstm", "mean"))
         check_setting(is_count(self.hidden), "lstm.hidden", self.hidden, "an integer from 1 on")
         check_choice("lstm.ln", self.ln, ("tf", "ifo", "ifgo", "ba2016", "none"))
         check_choice("lstm.ln_axis", self.ln_axis, ("units", "batch"))
@@ -183,7 +187,8 @@ class BiLSTM(nn.Module):
     """Two LSTMs with weights of their own, one over the steps forwards and one backwards.
 
     Attributes:
-      settings: of both; `bidirectional` says whether there is a second one.
+      settings: of both; `bidirectional` says whether there is a second one. With `cell` 'mean'
+        there is none, and nothing to learn: what an ablation puts in their place.
       dtype: as in `LSTM`.
 
     Source: paper, section 3.4; SPEC 7.6. Differs: no.
@@ -193,8 +198,10 @@ class BiLSTM(nn.Module):
     dtype: DTypeLike | None = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s n hidden"]:
-        """Returns h of every step and direction, forward first."""
+    def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b _s n _hidden"]:
+        """Returns h of every step and direction, forward first; of 'mean' `b 1 1 d`."""
+        if self.settings.cell == "mean":
+            return x.mean(axis=1, keepdims=True)[:, :, None]
         directions = [LSTM(self.settings, False, self.dtype, name="forward")(x)]
         if self.settings.bidirectional:
             directions.append(LSTM(self.settings, True, self.dtype, name="backward")(x))

@@ -34,7 +34,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 
 from stf_jax import curves
-from stf_jax.wording import decimal, duration, grouped, percent
+from stf_jax.wording import decimal, duration, grouped, percent, scored_videos
 
 # As many as there are colours that can be told apart; more columns would not fit a page either.
 MAX_RUNS = 8
@@ -389,6 +389,7 @@ def _render(contents: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(percent=percent, duration=duration, grouped=grouped, decimal=decimal)
+    environment.filters.update(scored=scored_videos)
     # The plot's frame: the template draws the axes where the curves were scaled to.
     environment.globals["frame"] = {
         "width": curves.PLOT_WIDTH, "height": curves.PLOT_HEIGHT, "left": curves.PLOT_LEFT,
@@ -454,7 +455,8 @@ def _read_results(workdir: Path) -> dict[str, Any]:
             f"{path}: 'confusion' should be {size} x {size}, one row and column per name in "
             f"'class_names', and has {len(lengths)} rows of length {sorted(set(lengths))}"
         )
-    return dict.fromkeys(_MORE_KEYS) | results
+    # Before it could be another, the subset was not written down.
+    return dict.fromkeys(_MORE_KEYS) | {"subset": "test"} | results
 
 
 def _read_scores(workdir: Path, names: Sequence[str]) -> list[ScoredVideo] | None:

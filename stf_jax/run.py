@@ -70,11 +70,12 @@ class Settings:
     def of(cls, config: ml_collections.ConfigDict) -> "Settings":
         """Builds the settings of every part from a configuration."""
         config = ml_collections.FrozenConfigDict(config)
-        unknown = set(config.stage_order) ^ set(config.stages)
-        if unknown or not config.stage_order:
+        order = tuple(config.stage_order)
+        unknown = set(order) - set(config.stages)
+        if unknown or not order or len(set(order)) < len(order):
             raise ValueError(
-                f"stage_order {tuple(config.stage_order)} must name each of stages "
-                f"{tuple(config.stages)} once; they differ in {sorted(unknown)}"
+                f"stage_order {order} must name some of stages {tuple(config.stages)}, each once; "
+                f"unknown: {sorted(unknown) or 'none'}"
             )
         allowed_mismatches(config.allow_mismatch)
         if config.log_every_steps < 1:
@@ -94,6 +95,11 @@ class Settings:
         sampling, inputs = SamplingSettings(**config.sampling), InputSettings(**config.inputs)
         inputs.channels(sampling.flow_frames)
         views = EvalSettings(**config.eval)
+        if views.subset != "test" and config.data.protocol == "paper_resplit":
+            raise ValueError(
+                f"eval.subset={views.subset!r} means nothing with data.protocol='paper_resplit', "
+                "which holds nothing out; use 'test'"
+            )
         views.check_room(config.records.size, config.records.resize, config.inputs.crop_size)
         if views.each_stream and config.model.streams in ("rgb", "flow"):
             raise ValueError(
@@ -277,19 +283,35 @@ class Run:
         Raises:
           ValueError: the folder holds a run with another configuration (lists the keys).
         """
-        new = json.loads(config.to_json_best_effort())
         if (self.workdir / "config.json").exists():
-            old = self.read_json("config.json")
-            check_config_keys(old, self.workdir / "config.json", self._made_by())
-            a, b = _flat(old), _flat(new)
-            differ = sorted(k for k in {*a, *b} - set(_FREE) if a.get(k) != b.get(k))
-            if differ:
-                lines = "\n  ".join(f"{k}: {a.get(k)!r} there, {b.get(k)!r} now" for k in differ)
-                raise ValueError(
-                    f"{self.workdir} holds a run with another configuration:\n  {lines}\n"
-                    "Choose another --workdir, or repeat the settings that it was started with."
-                )
-        self.write_json("config.json", new)
+            self.check_config(config)
+        self.write_json("config.json", json.loads(config.to_json_best_effort()))
+
+    def check_config(self, config: ml_collections.ConfigDict) -> None:
+        """Checks that a configuration is that of the run.
+
+        Raises:
+          FileNotFoundError: the folder holds no run.
+          ValueError: it holds a run with another configuration, or of another version of this
+            library (lists the keys).
+        """
+        old = self.read_json("config.json")
+        check_config_keys(old, self.workdir / "config.json", self._made_by())
+        a, b = deciding(old), deciding(config)
+        if a != b:
+            differ = sorted(k for k in {*a, *b} if a.get(k) != b.get(k))
+            lines = "\n  ".join(f"{k}: {a.get(k)!r} there, {b.get(k)!r} now" for k in differ)
+            raise ValueError(
+                f"{self.workdir} holds a run with another configuration:\n  {lines}\n"
+                "Choose another --workdir, or repeat the settings that it was started with."
+            )
+
+
+def deciding(config: Mapping[str, Any] | ml_collections.ConfigDict) -> dict[str, Any]:
+    """The settings that decide what comes out, by their dotted names, as JSON would hold them."""
+    if isinstance(config, ml_collections.ConfigDict):
+        config = json.loads(config.to_json_best_effort())
+    return {key: value for key, value in _flat(config).items() if key not in _FREE}
 
 
 # The keys of a configuration that belong to no part of it.
@@ -559,6 +581,11 @@ def epoch_index(index: VideoIndex, records: Records, stage: int, epoch: int) -> 
     return protocols.resplit(_usable(index, records), stage, epoch)
 
 
+def described(index: VideoIndex, settings: Settings) -> VideoIndex:
+    """The index as the figures of a run describe it: those of its test, or of what it held out."""
+    return protocols.scored_on(index, settings.eval.subset)
+
+
 def scored_index(run: Run, settings: Settings, index: VideoIndex, records: Records) -> VideoIndex:
     """The index whose test videos give a finished run's result."""
     if index.resplit_seed is None:
@@ -669,19 +696,22 @@ def with_source(run: Run, settings: Settings, index: VideoIndex, records: Record
         prepare.write_aside(run.workdir / _TRANSFERRED, text.getvalue().encode())
     tested = _usable(index, records).entries
     if index.resplit_seed is None:  # else every video is tested on in some epoch
-        tested = tuple(entry for entry in tested if entry.subset == "test")
+        tested = tuple(entry for entry in tested if entry.subset == index.scored)
     known = trained.known(tested, index, records)
     if known and "trained" not in allowed_mismatches(settings.config.allow_mismatch):
         raise ValueError(
             f"transfer.source: {settings.transfer.source} was trained on {len(known)} of the "
-            f"{len(tested)} test videos, such as {known[0].video_id}: their score would say "
-            "nothing about new videos. Choose a split that it has not seen, or say "
+            f"{len(tested)} {index.scored} videos, such as {known[0].video_id}: their score would "
+            "say nothing about new videos. Choose a split that it has not seen, or say "
             "--config.allow_mismatch=trained to have it all the same, labelled as leaky."
         )
     related = trained.related(tested, index)
     if not known and not related:
         return index
     share = max(len(known) / len(tested), related or 0.0)
-    note = f"the weights to start from have seen {share:.1%} of the test videos or their sources"
+    note = (
+        f"the weights to start from have seen {share:.1%} of the {index.scored} videos or their "
+        "sources"
+    )
     overlap = None if index.overlap is None else max(index.overlap, share)
     return dataclasses.replace(index, leaky=True, overlap=overlap, notes=(*index.notes, note))

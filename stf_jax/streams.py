@@ -68,6 +68,7 @@ class Conv3DSettings:
       mid: channels between the two: as many as come 'out', or 'matched' so that both together have
         as many weights as the full kernel.
       width: output channels of 3DCNN.
+      temporal: length of its kernels, frames; odd. Those of MST have `mst.temporal`.
 
     Raises:
       ValueError: an impossible value (names it).
@@ -78,6 +79,7 @@ class Conv3DSettings:
     mid_relu: bool
     mid: str
     width: int
+    temporal: int
 
     def __post_init__(self) -> None:
         """Checks the values."""
@@ -87,6 +89,8 @@ class Conv3DSettings:
         check_choice("conv3d.order", self.order, ("spatial_first", "temporal_first"))
         check_choice("conv3d.mid", self.mid, ("out", "matched"))
         check_setting(is_count(self.width), "conv3d.width", self.width, "an integer from 1 on")
+        odd = is_count(self.temporal) and self.temporal % 2 == 1
+        check_setting(odd, "conv3d.temporal", self.temporal, "an odd length")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,8 +293,9 @@ class TemporalStream(nn.Module):
             first_init=kernel_init("he" if init == "inflate" else init),
         )
         mst = functools.partial(MST, self.mst, self.conv3d, init, groups, dtype)
+        length = self.conv3d.temporal
         conv3d = functools.partial(
-            Conv3D, self.conv3d.width, 3, 3, self.conv3d, init, groups, dtype
+            Conv3D, self.conv3d.width, 3, length, self.conv3d, init, groups, dtype
         )
         layers = {
             "mst1": mst(name="mst1"),

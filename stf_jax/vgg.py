@@ -256,8 +256,8 @@ class ClipDropout(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b *rest"], rows: Int[Array, " b"]
-    ) -> Float[Array, "b *rest"]:
+        self, x: Float[Array, " b *rest"], rows: Int[Array, " b"]
+    ) -> Float[Array, " b *rest"]:
         """Drops numbers of clips that stand in the places `rows` of the batch."""
         if not self.rate:
             return x

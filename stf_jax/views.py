@@ -18,6 +18,8 @@ class EvalSettings:
     """How videos are scored: views = clips x crops x mirror images, probabilities averaged.
 
     Args:
+      subset: whose videos give a run's figures: 'test', or 'validation', the held-out training
+        groups, to choose settings by. The test videos are then not scored at all.
       num_clips: clips per video, spread evenly over it, always the same ones (SPEC 1.8).
       num_crops: windows of `inputs.crop_size` per clip: 1, the centre; 3, along the longer side of
         the video; 5, the corners and the centre.
@@ -32,6 +34,7 @@ class EvalSettings:
       ValueError: an impossible value or combination (names it).
     """
 
+    subset: str
     num_clips: int
     num_crops: int
     flip: bool
@@ -42,6 +45,8 @@ class EvalSettings:
 
     def __post_init__(self) -> None:
         """Checks the values."""
+        if self.subset not in ("test", "validation"):
+            raise ValueError(f"eval.subset: got {self.subset!r}, one of test, validation")
         for name, low in (
             ("num_clips", 1),
             ("repeats", 1),

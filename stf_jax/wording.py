@@ -37,6 +37,16 @@ def grouped(count: int) -> str:
     return f"{count:,}"
 
 
+def scored_videos(subset: str) -> str:
+    """How the videos are called that figures are about; nothing else than a test is called one.
+
+    Example:
+      >>> scored_videos("validation")
+      'held-out training videos'
+    """
+    return {"test": "test videos", "validation": "held-out training videos"}[subset]
+
+
 def duration(seconds: float) -> str:
     """A time span in the two units that a person would use.
 

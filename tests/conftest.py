@@ -97,6 +97,7 @@ def tiny_model_settings() -> dict:
             "mid_relu": True,
             "mid": "out",
             "width": 32,
+            "temporal": 3,
         },
         "temporal": {"pool4": "after_mst1", "init": "he", "conv1_init": "random"},
         "fusion": {
@@ -108,6 +109,7 @@ def tiny_model_settings() -> dict:
         },
         "tpn": {"window": 4, "stride": 4, "levels": (1, 2, 4), "psi": "mean"},
         "lstm": {
+            "cell": "lstm",
             "hidden": 5,
             "ln": "tf",
             "ln_axis": "units",

@@ -20,7 +20,7 @@ WALK = (
     "host native_errors progress startup archives index protocols layouts demo video flow tvl1 "
     "datasets prepare shards records augment inputs views pipeline convolution vgg streams fusion "
     "recurrent baselines model metrics scores charts optim parallel hosts checkpoint transfer run "
-    "evaluate monitor train cost predict watch timeline explain onnx_graph export wording curves "
+    "evaluate monitor train cost predict watch timeline explain onnx_graph wording export curves "
     "report analysis app doctor main"
 ).split()
 MODULES = {path.stem: path for path in (ROOT / "stf_jax").glob("*.py") if path.stem != "__init__"}
@@ -160,6 +160,11 @@ def test_stage_order_must_name_the_stages():
     config.stage_order = ("first", "secnd")
     with pytest.raises(ValueError, match="secnd"):
         Settings.of(config)
+    config.stage_order = ("first", "first")
+    with pytest.raises(ValueError, match="each once"):
+        Settings.of(config)
+    config.stage_order = ("first",)
+    assert Settings.of(config).evaluated_stage == "first"
 
 
 @pytest.mark.parametrize("place", ["stf_jax", "experiments", "configs", "tests"])

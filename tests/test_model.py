@@ -197,6 +197,7 @@ SWITCHES = [
     (NARROW, {"conv3d.order": "temporal_first"}, THREE_D, ("flow_mst1",)),
     ({}, {"conv3d.mid_relu": False}, (), ("flow_mst1",)),
     ({}, {"conv3d.mid": "matched"}, THREE_D, ("flow_mst1",)),
+    ({}, {"conv3d.temporal": 1}, (THREE_D[1], THREE_D[3]), ("flow_conv3d1",)),
     (HE, {"conv3d.width": 16}, (*THREE_D[1:], "fusion/"), ("flow_conv3d1",)),
     ({}, {"temporal.pool4": "before_mst1"}, (), ("flow_mst1",)),
     ({}, {"temporal.pool4": "after_3d1"}, (), ("flow_conv3d1",)),
@@ -213,6 +214,7 @@ SWITCHES = [
     ({}, {"tpn.stride": 2}, (), ("pyramid",)),
     ({}, {"tpn.levels": (4,)}, ("recurrent/",), ("pyramid",)),
     ({}, {"tpn.psi": "max"}, (), ("pyramid",)),
+    ({}, {"lstm.cell": "mean"}, ("recurrent/", "head/"), ("states",)),
     ({}, {"lstm.hidden": 6}, ("recurrent/", "head/"), ("states",)),
     ({}, {"lstm.ln": "ifo"}, ("recurrent/",), ("states",)),
     ({}, {"lstm.ln": "ifgo"}, ("recurrent/",), ("states",)),
@@ -458,7 +460,7 @@ def test_the_head_by_plain_formulas(combine, pool):
 def test_only_a_projection_gets_below_the_loss_floor():
     # Of 101 classes: log(1 + 100 exp(-4)) with the sum, log(1 + 100 exp(-2)) with the mean, as
     # every unit lies between -1 and 1 (SPEC 16.11).
-    layer = BiLSTM(LSTMSettings(101, "tf", "units", 1.0, True))
+    layer = BiLSTM(LSTMSettings("lstm", 101, "tf", "units", 1.0, True))
     x = jnp.asarray(np.random.default_rng(5).normal(0, 1, (2, 3, 4)), jnp.float32)
     params = jax.eval_shape(layer.init, jax.random.key(0), x)
     rng = np.random.default_rng(6)
@@ -498,7 +500,7 @@ def test_equal_configurations_give_equal_networks(tiny_model_config):
         ("temporal.bn", "the keys pool4, init, conv1_init"),
         ("fusion.kernels", "did you mean 'kernel'"),
         ("tpn.level", "did you mean 'levels'"),
-        ("lstm.unit", "the keys hidden, ln"),
+        ("lstm.unit", "the keys cell, hidden, ln"),
         ("head.pooling", "did you mean 'pool'"),
         ("drop.in", "the keys input, output, semantics"),
     ],
@@ -617,6 +619,7 @@ def leaf_sizes(tree):
         ({"tpn.levels": (4, 2)}, (4,)),
         ({"tpn.window": 8, "tpn.levels": (1, 4, 8, 8)}, (8,)),
         ({"lstm.bidirectional": False}, (4,)),
+        ({"lstm.cell": "mean"}, (4,)),
     ],
     ids=str,
 )
@@ -687,6 +690,40 @@ def test_views_need_frames_that_do_not_depend_on_each_other(tiny):
     network = tiny(GROUP)
     with pytest.raises(ValueError, match="views share frames.*'group'"):
         network.apply(drawn(network), RGB, FLOW, train=False, views=jnp.zeros((1, 8), jnp.int32))
+
+
+def test_without_recurrence_the_classifier_reads_the_mean_of_the_steps(tiny):
+    network = tiny({"lstm.cell": "mean"})
+    variables = drawn(network)
+    got = features(network)
+    pyramid = np.asarray(got["pyramid"])
+    project = variables["params"]["head"]["project"]
+    expected = pyramid.mean(axis=1) @ project["kernel"] + project["bias"]
+    np.testing.assert_allclose(got["logits"], expected, rtol=1e-3, atol=1e-3)
+    assert got["states"].shape == (2, 1, 1, pyramid.shape[-1])
+    with pytest.raises(ValueError, match=r"head\.combine: got 'sum'.*lstm\.cell 'lstm'"):
+        tiny({"lstm.cell": "mean", "lstm.hidden": CLASSES, "head.combine": "sum"})
+
+
+def test_order_can_be_taken_away_everywhere(tiny):
+    """Frames in another order: nothing changes once no part is left that sees it."""
+    blind = {
+        "mst.temporal": (1, 1, 1),
+        "conv3d.temporal": 1,
+        "fusion.kernel": (3, 3, 1),
+        "tpn.levels": (1,),
+        "lstm.cell": "mean",
+    }
+    order = np.random.default_rng(7).permutation(8)
+
+    def change(changes):
+        network = tiny(changes)
+        one, other = features(network), evaluate(network, RGB[:, order], FLOW[:, order])
+        return np.abs(one["logits"] - other["logits"]).max() / np.abs(one["logits"]).max()
+
+    assert change(blind) < 1e-5
+    for kept, usual in (("lstm.cell", "lstm"), ("conv3d.temporal", 3)):  # one part sees it
+        assert change(blind | {kept: usual}) > 1e-3, kept
 
 
 def test_late_fusion_is_two_networks_and_the_mean_of_their_probabilities(tiny):

@@ -8,7 +8,7 @@ import pytest
 from experiments import leak
 from experiments.leak import ucf101_layout
 from stf_jax.index import ClipEntry, check_duplicates
-from stf_jax.protocols import Layout, Protocol, after_epochs, divide, resplit
+from stf_jax.protocols import Layout, Protocol, after_epochs, divide, resplit, scored_on
 
 BASE = Protocol("hold_out", split=1, folds=5, fold=1, test_fraction=0.25, validation_fraction=0.0,
                 seed=0)  # fmt: skip
@@ -91,6 +91,25 @@ def test_validation_takes_training_groups_and_leaves_the_test_alone():
     held = index.subset("validation")
     assert Counter(e.label for e in held) == {0: 12, 1: 12, 2: 12}  # 3 groups of 9 per class
     assert not _groups(index, "validation") & _groups(index, "train")
+
+
+def test_figures_of_held_out_training_groups_are_never_called_a_test():
+    index = divide(_layout(), _protocol("leave_one_group_out", validation_fraction=0.3))
+    assert scored_on(index, "test") is index
+    held = scored_on(index, "validation")
+    assert held.entries == index.entries and held.scored == "validation"
+    assert held.protocol.startswith("held-out training groups, not a test") and not held.leaky
+    # Of a random split they are as known from training as its test videos are.
+    index = divide(_layout(clips=2), _protocol("random_fixed", validation_fraction=0.3))
+    held = scored_on(index, "validation")
+    trained = {e.group for e in index.subset("train")}
+    videos = index.subset("validation")
+    by_hand = sum(e.group in trained for e in videos) / len(videos)
+    assert held.leaky and held.overlap == by_hand != index.overlap
+    assert held.protocol.startswith("held-out training videos, not a test")
+    assert f"{by_hand:.1%} of the validation videos share" in held.leak()
+    with pytest.raises(ValueError, match="paper_resplit"):
+        scored_on(divide(_layout(), _protocol("paper_resplit")), "validation")
 
 
 def test_the_subsets_of_a_list_are_taken_as_they_are():

@@ -11,7 +11,7 @@ import pytest
 from stf_jax.recurrent import LSTM, BiLSTM, LSTMCell, LSTMSettings, Normalisation
 
 HIDDEN = 5
-SETTINGS = LSTMSettings(HIDDEN, "tf", "units", 1.0, True)
+SETTINGS = LSTMSettings("lstm", HIDDEN, "tf", "units", 1.0, True)
 READINGS = ["tf", "ifo", "ifgo", "ba2016", "none"]
 
 

@@ -421,6 +421,17 @@ def test_loss_that_is_not_finite_leaves_a_gap(workdir):
     assert "1 epochs have a loss that is not a finite number" in page.text("summary")
 
 
+def test_what_is_no_test_is_not_called_one(workdir):
+    assert "Not a test" not in render(workdir).text()
+    assert "Top-1 accuracy on test videos" in render(workdir).text("summary")
+    page = render(workdir, subset="validation", overlap=0.0)
+    summary = page.text("summary")
+    assert "Not a test. The figures are those of held-out training videos" in summary
+    assert "Top-1 accuracy on held-out training videos" in summary
+    assert "Top-1 accuracy on test videos" not in summary and "Held-out training videos" in summary
+    assert "No held-out training video shares its source" in page.text("data")
+
+
 def test_leaky_protocol_warns_wherever_an_accuracy_stands(workdir):
     calm = render(workdir)
     assert (
@@ -570,9 +581,7 @@ def test_runs_stand_side_by_side(workdir, other):
     assert "Figure run other Top-1 accuracy 75.0 % 83.3 %" in summary
     assert "Seed 17 23" in summary
     # 9 videos are right in both, one only in the other.
-    assert (
-        "Of the 12 test videos that every run scored, 9 are right in all and 2 in none" in summary
-    )
+    assert "Of the 12 videos that every run scored, 9 are right in all and 2 in none" in summary
     assert "0 only in run ; 1 only in other" in summary
     assert "train 1,288 1,288" in page.text("data")
     assert len(page.all("table", **{"class": "matrix"})) == 2

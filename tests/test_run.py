@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +137,40 @@ def test_a_run_is_scored_on_new_videos_only(tiny_config, tmp_path):
     config["allow_mismatch"] = "flow"
     run.write_json("config.json", config)
     assert Predictor.load(run.workdir).warning == ""
+
+
+@pytest.mark.slow  # quick parts: test_protocols.py, test_report.py, test_studies.py
+def test_settings_are_chosen_without_a_look_at_the_test(tiny_config, tmp_path, capsys):
+    """A run of one stage only, scored on what it held out of training."""
+    tiny_config.stage_order = ("first",)
+    tiny_config.eval.subset = "validation"
+    run = _experiment(tiny_config, tmp_path / "run")
+    index = load_index(tiny_config.data)
+    held = {entry.video_id for entry in index.subset("validation")}
+    scored = (run.workdir / "scores.csv").read_text().splitlines()[1:]
+    assert {row.split(",")[0] for row in scored} == held and held
+    results = run.read_json("results.json")
+    assert results["subset"] == "validation" and not results["leaky"]
+    told = "held-out training groups, not a test (they also chose the epoch), of group-held-out"
+    assert results["protocol"].startswith(told)
+    assert [stage["name"] for stage in results["stages"]] == ["first"]
+    said = capsys.readouterr().out
+    assert "validation: top-1" in said and "test: top-1" not in said
+    page = (run.workdir / "report" / "index.html").read_text(encoding="utf-8")
+    assert "Not a test" in page and "Top-1 accuracy on held-out training videos" in page
+    refused = subprocess.run(
+        [sys.executable, "experiments/record.py", f"--workdir={run.workdir}", "--name=never"],
+        cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert refused.returncode == 1 and "scored on its validation videos" in refused.stderr
+    again, _ = score_again(run, subset="validation", changes={}, allow=())
+    assert (again["top1"], again["protocol"]) == (results["top1"], results["protocol"])
+    test, scores = score_again(run, subset="test", changes={}, allow=())
+    assert test["protocol"].startswith("group-held-out") and test["views"]["subset"] == "test"
+    assert {e.video_id for e in scores.entries} == {e.video_id for e in index.subset("test")}
+    tiny_config.data.protocol = "paper_resplit"
+    with pytest.raises(ValueError, match="eval.subset='validation' means nothing with"):
+        Settings.of(tiny_config)
 
 
 def test_the_papers_protocol_is_labelled_wherever_a_number_appears(tiny_config, tmp_path, capsys):

@@ -20,7 +20,7 @@ from stf_jax.streams import (
     kernel_init,
 )
 
-CONV3D = Conv3DSettings(True, "spatial_first", True, "out", 32)
+CONV3D = Conv3DSettings(True, "spatial_first", True, "out", 32, 3)
 MST_SETTINGS = MSTSettings((1, 3, 5), (3, 3, 5), 32)
 TEMPORAL = TemporalSettings("after_mst1", "he", "random")
 KEY = jax.random.key(1, impl="rbg")  # the default generator takes three times as long to compile
@@ -51,7 +51,7 @@ def full_kernel(name, kernel):
 )
 def test_convolution_equals_a_plain_loop(names, mid_relu):
     order = "temporal_first" if names[0] == "temporal" else "spatial_first"
-    settings = Conv3DSettings(len(names) == 2, order, mid_relu, "out", 4)
+    settings = Conv3DSettings(len(names) == 2, order, mid_relu, "out", 4, 3)
     layer = Conv3D(4, 3, 5, settings, "he", 0)
     x = jax.random.normal(jax.random.key(0), (2, 6, 3, 4, 3))
     params = jax.jit(layer.init)(KEY, x)["params"]
@@ -127,7 +127,7 @@ def test_parameters_of_the_paper_size_layers():
 
 @pytest.mark.parametrize("order", ["spatial_first", "temporal_first"])
 def test_the_matched_width_has_as_many_weights_as_the_full_kernel(order):
-    settings = Conv3DSettings(True, order, True, "matched", 512)
+    settings = Conv3DSettings(True, order, True, "matched", 512, 3)
     for inputs in (512, 1536):
         params = jax.eval_shape(
             lambda key, n=inputs: Conv3D(512, 3, 3, settings, "he", 0).init(
@@ -215,10 +215,11 @@ def test_inflation_needs_channels_that_fit():
         (lambda: MSTSettings((), (), 8), r"mst\.spatial: got \(\)"),
         (lambda: MSTSettings((1, 3), (3,), 8), r"mst\.temporal: got \(3,\).*2 branches"),
         (lambda: MSTSettings((1,), (3,), 0), r"mst\.width: got 0"),
-        (lambda: Conv3DSettings(1, "spatial_first", True, "out", 8), r"factorised: got 1"),
-        (lambda: Conv3DSettings(True, "both", True, "out", 8), r"order: got 'both'"),
-        (lambda: Conv3DSettings(True, "spatial_first", True, "in", 8), r"mid: got 'in'"),
-        (lambda: Conv3DSettings(True, "spatial_first", True, "out", 8.5), r"width: got 8\.5"),
+        (lambda: Conv3DSettings(1, "spatial_first", True, "out", 8, 3), r"factorised: got 1"),
+        (lambda: Conv3DSettings(True, "both", True, "out", 8, 3), r"order: got 'both'"),
+        (lambda: Conv3DSettings(True, "spatial_first", True, "in", 8, 3), r"mid: got 'in'"),
+        (lambda: Conv3DSettings(True, "spatial_first", True, "out", 8.5, 3), r"width: got 8\.5"),
+        (lambda: Conv3DSettings(True, "spatial_first", True, "out", 8, 2), r"temporal: got 2"),
         (lambda: TemporalSettings("after", "he", "random"), r"pool4: got 'after'"),
         (lambda: TemporalSettings("after_mst1", "she", "random"), r"temporal\.init: got 'she'"),
         (lambda: TemporalSettings("after_mst1", "he", "mean"), r"conv1_init: got 'mean'"),

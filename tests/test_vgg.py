@@ -16,7 +16,7 @@ from stf_jax.model import PAPER_MODEL, build_model
 from stf_jax.streams import Conv3DSettings, MSTSettings, SpatialStream, TemporalSettings
 from stf_jax.streams import TemporalStream as Temporal
 
-CONV3D = Conv3DSettings(True, "spatial_first", True, "out", 32)
+CONV3D = Conv3DSettings(True, "spatial_first", True, "out", 32, 3)
 KEY = jax.random.key(1, impl="rbg")  # the default generator takes three times as long to compile
 
 
@@ -210,8 +210,8 @@ def test_fates_name_every_leaf_and_random_layers_stay(tiny_model_config):
     "conv3d",
     [
         CONV3D,
-        Conv3DSettings(True, "temporal_first", True, "out", 32),
-        Conv3DSettings(False, "spatial_first", True, "out", 32),
+        Conv3DSettings(True, "temporal_first", True, "out", 32, 3),
+        Conv3DSettings(False, "spatial_first", True, "out", 32, 3),
     ],
 )
 def test_an_inflated_stream_is_vgg_on_grey_frames(conv3d):

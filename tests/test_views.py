@@ -8,8 +8,8 @@ import pytest
 from stf_jax.views import EvalSettings, parse_views, plan_clips
 
 ONE = EvalSettings(
-    num_clips=1, num_crops=1, flip=False, repeats=1, min_per_class=0, each_stream=False,
-    calibration_bins=15,
+    subset="test", num_clips=1, num_crops=1, flip=False, repeats=1, min_per_class=0,
+    each_stream=False, calibration_bins=15,
 )  # fmt: skip
 WIDE = np.zeros(3, bool)
 

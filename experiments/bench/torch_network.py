@@ -231,9 +231,9 @@ class Temporal(Vgg):
         mst, conv3d = config["mst"], config["conv3d"]
         multiscale, width = mst["width"] * len(mst["spatial"]), conv3d["width"]
         self["mst1"] = Mst(8 * config["width"], mst, conv3d, **layer)
-        self["conv3d1"] = Conv3D(multiscale, width, 3, 3, conv3d, **layer)
+        self["conv3d1"] = Conv3D(multiscale, width, 3, conv3d["temporal"], conv3d, **layer)
         self["mst2"] = Mst(width, mst, conv3d, **layer)
-        self["conv3d2"] = Conv3D(multiscale, width, 3, 3, conv3d, **layer)
+        self["conv3d2"] = Conv3D(multiscale, width, 3, conv3d["temporal"], conv3d, **layer)
         pooled = {"before_mst1": "mst1", "after_mst1": "conv3d1", "after_3d1": "mst2"}
         self.pooled = pooled[_one_of("temporal.pool4", config["temporal"]["pool4"], tuple(pooled))]
 
@@ -414,6 +414,7 @@ class Recurrent(nn.Module):
 
     def __init__(self, inputs: int, settings: Mapping[str, Any]) -> None:
         super().__init__()
+        _one_of("lstm.cell", settings["cell"], ("lstm",))  # there is no twin of the other
         self.forwards = Lstm(inputs, settings, reverse=False)
         self.backwards = Lstm(inputs, settings, reverse=True) if settings["bidirectional"] else None
 

@@ -1,0 +1,208 @@
+"""The studies: what is asked, and which settings answer it. `ablate.py` runs them.
+
+A row is a name, the settings in which it differs from the card, and what that means. To add a
+study, add one here; `python experiments/ablate.py --list` shows them all.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from configs import ucf101
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of a study.
+
+    Args:
+      name: lower-case letters, digits and '_'; part of the run folders' names.
+      what: what it is, in a few words, for tables and figures.
+      changes: settings by their dotted names that differ from the card's.
+    """
+
+    name: str
+    what: str
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A question, and the runs that answer it: every row with every seed.
+
+    Args:
+      name: lower-case letters, digits and '_'; part of file names.
+      card: with its presets, as `--config` takes it.
+      question: in a sentence.
+      rows: in the order of the figure.
+      seeds: of each row.
+      reference: the row that the others are compared with; '' if they are not.
+      common: changes of the card for all rows.
+      seed_keys: the settings that the seed goes into.
+      pooled: '' or, where rows are folds of one set, what their videos are together: the summary
+        then ends with a line of that name over all of them.
+      cues: classes by what has to be seen to tell them; gives the figure of rows and cues.
+
+    Raises:
+      ValueError: names that are impossible, or come twice, or are none of the rows'.
+    """
+
+    name: str
+    card: str
+    question: str
+    rows: Sequence[Row]
+    seeds: Sequence[int] = (0, 1, 2)
+    reference: str = ""
+    common: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    seed_keys: Sequence[str] = ("seed",)
+    pooled: str = ""
+    cues: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Checks the names."""
+        names = [row.name for row in self.rows]
+        for name in (self.name, *names):
+            if not re.fullmatch("[a-z0-9_]+", name):
+                raise ValueError(f"study {self.name!r}: {name!r} is no name of a-z, 0-9 and _")
+        if len(set(names)) < len(names) or not names:
+            raise ValueError(f"study {self.name!r}: rows need names, each once: got {names}")
+        if self.reference and self.reference not in names:
+            raise ValueError(f"study {self.name!r}: no row is called {self.reference!r}")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"study {self.name!r}: seeds {tuple(self.seeds)}, each once")
+
+    def changes(self, row: Row, seed: int) -> dict[str, Any]:
+        """What a run changes of the card."""
+        return {**self.common, **row.changes, **dict.fromkeys(self.seed_keys, seed)}
+
+
+_REAL = "configs/ucf101.py:laptop,study"
+_stages = ucf101.get_config("laptop,study").stages
+_ALL_EPOCHS = _stages.first.max_epochs + _stages.second.max_epochs
+
+_PARTS = Study(
+    name="parts",
+    card=_REAL,
+    question="What is each part of the paper's network worth, on real clips from people that "
+    "training has not met?",
+    reference="full",
+    common={"eval.each_stream": True},
+    rows=(
+        Row("full", "all parts: fusion by 3-D convolution"),
+        Row("rgb", "colour only", {"model.streams": "rgb"}),
+        Row("flow", "flow only", {"model.streams": "flow"}),
+        Row("late", "late fusion: two networks, mean of probabilities", {"model.streams": "late"}),
+        Row("levels_4", "pyramid [4]", {"model.tpn.levels": (4,)}),
+        Row("levels_1", "pyramid [1]: a mean", {"model.tpn.levels": (1,)}),
+        Row("forward", "LSTM forwards only", {"model.lstm.bidirectional": False}),
+        Row("no_lstm", "no LSTM: mean of the steps", {"model.lstm.cell": "mean"}),
+        Row("ln_none", "LSTM without layer norm", {"model.lstm.ln": "none"}),
+        Row("ln_ifo", "layer norm of the sigmoid gates", {"model.lstm.ln": "ifo"}),
+        Row("ln_ifgo", "layer norm of all gates", {"model.lstm.ln": "ifgo"}),
+        Row("ln_ba2016", "layer norm of Ba et al.", {"model.lstm.ln": "ba2016"}),
+        Row("spatial_3", "3-D kernels 3x3 in space only", {"model.mst.spatial": (3, 3, 3)}),
+        Row("spatial_357", "3-D kernels 3, 5, 7 in space", {"model.mst.spatial": (3, 5, 7)}),
+        Row(
+            "one_scale",
+            "3-D kernels of one size, 3x3x3",
+            {"model.mst.spatial": (3, 3, 3), "model.mst.temporal": (3, 3, 3)},
+        ),
+        Row("one_stage", "without the second stage", {"stage_order": ("first",)}),
+        Row(
+            "one_stage_longer",
+            "its epochs given to the first stage",
+            {
+                "stage_order": ("first",),
+                "stages.first.max_epochs": _ALL_EPOCHS,
+                "stages.first.patience": _ALL_EPOCHS,
+            },
+        ),
+        Row("tvl1", "TV-L1 flow instead of DIS", {"records.flow_algorithm": "tvl1"}),
+    ),
+)
+
+_LEAK = Study(
+    name="leak",
+    card=_REAL,
+    question="How many points is the paper's protocol worth, which tests on what it trained on?",
+    reference="official",
+    # The random splits are drawn anew for each seed.
+    seed_keys=("seed", "data.seed"),
+    rows=(
+        Row("official", "official split: groups apart"),
+        Row("random_fixed", "one random 7:3 split", {"data.protocol": "random_fixed"}),
+        Row(
+            "paper_resplit",
+            "the paper's: a new 7:3 split every epoch",
+            {"data.protocol": "paper_resplit"},
+        ),
+    ),
+)
+
+# Nothing that is left sees in which order the frames come: tests/test_model.py permutes them.
+_ORDER_BLIND = {
+    "model.lstm.cell": "mean",
+    "model.tpn.levels": (1,),
+    "model.mst.temporal": (1, 1, 1),
+    "model.conv3d.temporal": 1,
+    "model.fusion.kernel": (3, 3, 1),
+}
+
+_DEMO_PARTS = Study(
+    name="demo_parts",
+    card="configs/demo.py",
+    question="Do the classes that need one cue fail when, and only when, the part that carries it "
+    "is taken away? (Generated videos: see stf_jax/demo.py.)",
+    reference="both",
+    rows=(
+        Row("both", "all parts"),
+        Row("rgb", "colour only", {"model.streams": "rgb"}),
+        Row("flow", "flow only", {"model.streams": "flow"}),
+        Row(
+            "no_lstm",
+            "no LSTM; 3-D kernels and pyramid still see order",
+            {"model.lstm.cell": "mean"},
+        ),  # fmt: skip
+        Row("no_order", "order taken away everywhere", _ORDER_BLIND),
+        Row(
+            "rgb_no_order",
+            "colour only, order taken away: single pictures",
+            {"model.streams": "rgb", **_ORDER_BLIND},
+        ),  # fmt: skip
+        Row(
+            "flow_no_order",
+            "flow only, order taken away: short motions",
+            {"model.streams": "flow", **_ORDER_BLIND},
+        ),  # fmt: skip
+    ),
+    cues={
+        "appearance": ("bobs_by_day", "bobs_by_night"),
+        "direction": ("glides_left", "glides_right"),
+        "speed": ("circles_slowly", "circles_fast"),
+        "order": ("hops_then_sways", "sways_then_hops"),
+    },
+)
+
+_PERSONS = 9
+_WEIZMANN = Study(
+    name="weizmann",
+    card="configs/folder.py:laptop",
+    question="Your own videos: how well are the actions of a person recognised whom training has "
+    "not met?",
+    seeds=(0,),
+    common={
+        "data.protocol": "leave_one_group_out",
+        "data.group_regex": "^([^_]+)_",  # daria_bend.avi
+        # 28 clips an epoch: as many steps as a few hundred clips give in the card's epochs.
+        "stages.first.max_epochs": 60,
+        "stages.first.patience": 60,
+    },
+    rows=tuple(
+        Row(f"person{fold}", f"person {fold} left out", {"data.fold": fold})
+        for fold in range(1, _PERSONS + 1)
+    ),
+    pooled="each person left out once",
+)
+
+STUDIES = {study.name: study for study in (_PARTS, _LEAK, _DEMO_PARTS, _WEIZMANN)}
