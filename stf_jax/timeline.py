@@ -174,6 +174,7 @@ def draw_timeline(
     made: Sequence[Piece],
     found: Sequence[Segment],
     class_names: Sequence[str],
+    truth: Sequence[tuple[str, float, float]] = (),
 ) -> None:
     """Draws the labels over time, and below them the probabilities of the likeliest classes.
 
@@ -183,7 +184,11 @@ def draw_timeline(
       made: by `pieces`, at least one.
       found: by `segments`.
       class_names: in the order of their probabilities.
+      truth: what is known of it, class with start and end, seconds: framed among the
+        probabilities.
     """
+    from matplotlib.patches import Rectangle
+
     peaks = np.max([piece.probabilities for piece in made], axis=0)
     shown = np.argsort(-peaks, kind="stable")[:_ROWS].tolist()
     shown += [class_names.index(label) for label in {s.label: 0 for s in found}]
@@ -197,6 +202,10 @@ def draw_timeline(
             edges = ([piece.start, piece.end], np.arange(len(shown) + 1) - 0.5)
             cells = piece.probabilities[shown, None]
             mesh = scores.pcolormesh(*edges, cells, vmin=0, vmax=1, cmap="Blues")
+        for label, start, end in truth:
+            if class_names.index(label) in shown:
+                row = shown.index(class_names.index(label)) - 0.5
+                scores.add_patch(Rectangle((start, row), end - start, 1, fill=False, lw=1.5))
         scores.set_yticks(range(len(shown)), [class_names[k] for k in shown], fontsize=8)
         scores.invert_yaxis()
         scores.set_xlim(made[0].start, made[-1].end)
