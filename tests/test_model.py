@@ -697,7 +697,7 @@ def test_without_recurrence_the_classifier_reads_the_mean_of_the_steps(tiny):
     variables = drawn(network)
     got = features(network)
     pyramid = np.asarray(got["pyramid"])
-    project = variables["params"]["head"]["project"]
+    project = jax.tree.map(np.asarray, variables["params"]["head"]["project"])
     expected = pyramid.mean(axis=1) @ project["kernel"] + project["bias"]
     np.testing.assert_allclose(got["logits"], expected, rtol=1e-3, atol=1e-3)
     assert got["states"].shape == (2, 1, 1, pyramid.shape[-1])
