@@ -417,7 +417,20 @@ def score_again(
 
 
 def _viewed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
-    """The settings with others of `eval`, or another seed, checked as a card's are."""
+    """The settings with others of `eval`, or another seed, checked as a card's are.
+
+    Raises:
+      ValueError: the streams of a network that has one are asked for. In a card the same is no
+        mistake: a study asks it of networks of one stream and of two.
+    """
+    streams = settings.config.model.streams
+    asked = "each_stream" in changes and changes["each_stream"]
+    if asked and streams in ("rgb", "flow"):
+        raise ValueError(
+            "eval.each_stream (evaluate.py --streams) silences one of two streams, but with "
+            f"model.streams={streams!r} the network has one: its scores are that stream's already. "
+            "Leave it out, or train with model.streams='both' or 'late'"
+        )
     config = settings.config.as_configdict().copy_and_resolve_references()
     for key, value in changes.items():
         (config if key == "seed" else config.eval)[key] = value

@@ -101,12 +101,6 @@ class Settings:
                 "which holds nothing out; use 'test'"
             )
         views.check_room(config.records.size, config.records.resize, config.inputs.crop_size)
-        if views.each_stream and config.model.streams in ("rgb", "flow"):
-            raise ValueError(
-                f"eval.each_stream (evaluate.py --streams) silences one of two streams, but with "
-                f"model.streams={config.model.streams!r} the network has one: its scores are that "
-                "stream's already. Leave it out, or train with model.streams='both' or 'late'"
-            )
         augment = AugmentSettings(**config.augment)
         if augment.mixup and config.batch_size < 2:
             raise ValueError(

@@ -12,6 +12,7 @@ import tensorflow as tf
 from stf_jax.datasets import load_index
 from stf_jax.evaluate import (
     Scorer,
+    _viewed,
     evaluate,
     evaluate_subset,
     score_batch,
@@ -250,8 +251,10 @@ def test_streams_of_a_network_that_has_one_are_refused(parts, streams):
     with pytest.raises(
         ValueError, match=rf"eval.each_stream .*--streams.*model.streams='{streams}"
     ):
-        _with(settings, **{"model.streams": streams, "eval.each_stream": True})
-    _with(settings, **{"model.streams": "late", "eval.each_stream": True})
+        _viewed(_with(settings, **{"model.streams": streams}), {"each_stream": True})
+    # A card may say it: it has nothing to silence then, and a study is of both kinds.
+    _with(settings, **{"model.streams": streams, "eval.each_stream": True})
+    _viewed(_with(settings, **{"model.streams": "late"}), {"each_stream": True})
 
 
 def test_every_clip_counts_exactly_once(parts):
