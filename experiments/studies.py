@@ -81,6 +81,9 @@ _REAL = "configs/ucf101.py:laptop,study"
 _stages = ucf101.get_config("laptop,study").stages
 _ALL_EPOCHS = _stages.first.max_epochs + _stages.second.max_epochs
 
+# A network of one stream has none to silence.
+_ALONE = {"eval.each_stream": False}
+
 _PARTS = Study(
     name="parts",
     card=_REAL,
@@ -90,8 +93,8 @@ _PARTS = Study(
     common={"eval.each_stream": True},
     rows=(
         Row("full", "all parts: fusion by 3-D convolution"),
-        Row("rgb", "colour only", {"model.streams": "rgb"}),
-        Row("flow", "flow only", {"model.streams": "flow"}),
+        Row("rgb", "colour only", {"model.streams": "rgb", **_ALONE}),
+        Row("flow", "flow only", {"model.streams": "flow", **_ALONE}),
         Row("late", "late fusion: two networks, mean of probabilities", {"model.streams": "late"}),
         Row("levels_4", "pyramid [4]", {"model.tpn.levels": (4,)}),
         Row("levels_1", "pyramid [1]: a mean", {"model.tpn.levels": (1,)}),
@@ -119,6 +122,15 @@ _PARTS = Study(
             },
         ),
         Row("tvl1", "TV-L1 flow instead of DIS", {"records.flow_algorithm": "tvl1"}),
+        *(
+            Row(
+                f"{name}_{stream}",
+                f"baseline: small {what}, {seen}",
+                {"model.architecture": name, "model.streams": stream, **_ALONE},
+            )
+            for name, what in (("c3d", "C3D"), ("cnn_lstm", "CNN with an LSTM"))
+            for stream, seen in (("rgb", "colour"), ("flow", "flow"))
+        ),
     ),
 )
 
