@@ -35,7 +35,7 @@ _OUT = flags.DEFINE_string("out", "docs/gallery", "Folder of the pictures.")
 _CELLS = 8
 
 # Sections of the report that are shown, in turn.
-_SECTIONS = ("summary", "curves", "confusion", "classes")
+_SECTIONS = ("summary", "curves", "confusion")
 
 
 class Tested(NamedTuple):

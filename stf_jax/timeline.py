@@ -207,6 +207,9 @@ def draw_timeline(
                 row = shown.index(class_names.index(label)) - 0.5
                 scores.add_patch(Rectangle((start, row), end - start, 1, fill=False, lw=1.5))
         scores.set_yticks(range(len(shown)), [class_names[k] for k in shown], fontsize=8)
+        # In the colours of the labels above, not all of which have room for their names.
+        for number, text in enumerate(scores.get_yticklabels()):
+            text.set(color=f"C{number % 10}", weight="bold")
         scores.invert_yaxis()
         scores.set_xlim(made[0].start, made[-1].end)
         scores.set_xlabel("seconds")
@@ -218,7 +221,7 @@ def _draw_labels(axes: Any, found: Sequence[Segment], colours: Mapping[str, str]
     for one in found:
         span = one.end - one.start
         axes.barh(0, span, left=one.start, height=0.8, color=colours[one.label], alpha=0.75)
-        if span > 0.08 * end:
+        if span > (0.02 + 0.008 * len(one.label)) * end:
             middle = one.start + span / 2
             axes.text(middle, 0, one.label, ha="center", va="center", fontsize=8, clip_on=True)
     axes.set_ylim(-0.5, 0.5)
