@@ -304,7 +304,12 @@ def _row(
     file.parent.mkdir(parents=True, exist_ok=True)
     write_scores(file, scores, index.class_names)
     figures = run_figures(settings, index, scores)
-    mean_low, mean_high = figures["mean_class_interval95"] or ("", "")
+    low, high = figures["interval95"]
+    mean_low, mean_high = figures["mean_class_interval95"] or (None, None)
+
+    def told(value: float | None) -> float | str:
+        return "" if value is None else round(value, 4)
+
     return {
         "baseline": name,
         "features": table(test).shape[1],
@@ -313,12 +318,12 @@ def _row(
         "cv_accuracy": round(chosen.accuracy, 4),
         "cv_folds": chosen.folds,
         "tried": "; ".join(f"{kind} {value:.4f}" for kind, value in chosen.others.items()),
-        "top1": figures["top1"],
-        "low95": figures["interval95"][0],
-        "high95": figures["interval95"][1],
-        "mean_class": figures["mean_class_accuracy"],
-        "mean_class_low95": mean_low,
-        "mean_class_high95": mean_high,
+        "top1": told(figures["top1"]),
+        "low95": told(low),
+        "high95": told(high),
+        "mean_class": told(figures["mean_class_accuracy"]),
+        "mean_class_low95": told(mean_low),
+        "mean_class_high95": told(mean_high),
         "chance": 1 / len(index.class_names),
         "seconds": round(seconds, 1),
     }
