@@ -28,9 +28,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from stf_jax import host  # noqa: E402
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
-_OUT = flags.DEFINE_string("out", "docs/gallery", "Folder of the pictures.")
-
 # Mosaic: squares along the shorter side of a frame.
 _CELLS = 8
 
@@ -51,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
     """Makes all pictures and says where they are."""
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}")
-    workdir, out = Path(_WORKDIR.value), Path(_OUT.value)
+    workdir, out = Path(flags.FLAGS.workdir), Path(flags.FLAGS.out)
     try:
         lines = make(workdir, out)
     except (ValueError, OSError, ImportError) as error:
@@ -305,5 +302,8 @@ def _page(results: dict[str, Any], made: Sequence[tuple[str, str]]) -> str:
 
 
 if __name__ == "__main__":
+    # Only here: other programs that import this have flags of these names.
+    flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+    flags.DEFINE_string("out", "docs/gallery", "Folder of the pictures.")
     host.use_huge_pages()
     app.run(main)
