@@ -561,6 +561,9 @@ async def serve(desk: Desk, site: ASGIApp, opened: socket.socket) -> str:
             http="h11",
             ws="none",
             lifespan="off",
+            # Uvicorn's own configuration would close every handler that there is, absl's with the
+            # stream that it writes to.
+            log_config=None,
             log_level="critical",
             server_header=False,
             timeout_graceful_shutdown=0,

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import http.client
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -103,6 +104,21 @@ def test_a_video_is_answered_and_its_file_is_gone(served):
     assert status == 200
     assert told == {"state": "done", "name": "holiday.mp4", "why": True, "bytes": 1000}
     assert served.left() == []
+
+
+def test_no_handler_of_the_program_is_closed(tmp_path, monkeypatch):
+    closed = []
+
+    class Handler(logging.NullHandler):
+        def close(self):
+            closed.append(self)
+
+    handler = Handler()
+    with _serving(tmp_path, monkeypatch=monkeypatch) as served:
+        assert served.ask("/about")[0] == 200
+    assert closed == []
+    handler.close()
+    assert closed == [handler]  # it was there to be closed
 
 
 def test_what_cannot_be_used_is_told_by_its_name_and_the_next_one_works(served):
