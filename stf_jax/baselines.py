@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from stf_jax.recurrent import BiLSTM, LSTMSettings
+from stf_jax.streams import SpatialStream
 from stf_jax.vgg import (
     BLOCK,
     HE_NORMAL,
@@ -23,7 +24,6 @@ from stf_jax.vgg import (
     check_setting,
     is_count,
     pool2x2,
-    vgg_blocks,
 )
 
 # C3D's convolutions: name, and channels in multiples of the first one's.
@@ -53,9 +53,7 @@ class C3DSettings:
 
     def __post_init__(self) -> None:
         """Checks the values."""
-        for key in ("width", "dense"):
-            value = getattr(self, key)
-            check_setting(is_count(value), f"c3d.{key}", value, "an integer from 1 on")
+        _check_counts("c3d", self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +73,12 @@ class CNNLSTMSettings:
 
     def __post_init__(self) -> None:
         """Checks the values."""
-        for key in ("width", "hidden"):
-            value = getattr(self, key)
-            check_setting(is_count(value), f"cnn_lstm.{key}", value, "an integer from 1 on")
+        _check_counts("cnn_lstm", self)
+
+
+def _check_counts(section: str, settings: C3DSettings | CNNLSTMSettings) -> None:
+    for key, value in dataclasses.asdict(settings).items():
+        check_setting(is_count(value), f"{section}.{key}", value, "an integer from 1 on")
 
 
 def pool2x2x2(x: Float[Array, "b t h w c"]) -> Float[Array, "b tt hh ww c"]:
@@ -93,6 +94,16 @@ def pool2x2x2(x: Float[Array, "b t h w c"]) -> Float[Array, "b tt hh ww c"]:
     first, second = x[:, ::2], x[:, 1::2]
     # Unlike the gradient of a maximum, that of a choice needs no equality of rounded numbers.
     return jnp.where(first >= second, first, second)
+
+
+def volumes_left(frames: int) -> int:
+    """Length of what `Volumes` makes of so many frames; its first fully connected layer needs it.
+
+    Example:
+      >>> volumes_left(24)
+      2
+    """
+    return -(-frames // 16)
 
 
 class Volumes(nn.Module):
@@ -136,39 +147,6 @@ class Volumes(nn.Module):
             x = checkpoint_name(pool2x2(x) if number == 1 else pool2x2x2(x), BLOCK)
             outputs[f"block{number}"] = x
         return outputs
-
-
-class Frames(nn.Module):
-    """VGG-16 up to its last convolution on each frame by itself.
-
-    Attributes:
-      width: channels of the first block.
-      norm_groups: as in `Convolution`.
-      dtype: as in `Convolution`.
-    """
-
-    width: int
-    norm_groups: int
-    dtype: DTypeLike | None = None
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "b t h w i"], train: bool = True
-    ) -> dict[str, Float[Array, "b t _h _w _c"]]:
-        """Returns the output of every block, 'block1' to 'block5', whose h and w are divided by 16.
-
-        Args:
-          x: frames.
-          train: as in `vgg_blocks`.
-        """
-        return vgg_blocks(
-            x,
-            width=self.width,
-            last="block5_conv3",
-            norm_groups=self.norm_groups,
-            train=train,
-            dtype=self.dtype,
-        )
 
 
 class FullyConnected(nn.Module):
@@ -264,7 +242,7 @@ class CNNLSTM(nn.Module):
     """
 
     stream: str
-    spatial: Frames
+    spatial: SpatialStream
     hidden: int
     num_classes: int
     drop: tuple[float, float]

@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
-from stf_jax.baselines import C3D, CNNLSTM, C3DSettings, CNNLSTMSettings, Frames, Volumes
+from stf_jax.baselines import C3D, CNNLSTM, C3DSettings, CNNLSTMSettings, Volumes
 from stf_jax.fusion import Fusion, FusionSettings, TPNSettings, segment_vectors
 from stf_jax.recurrent import BiLSTM, LSTMSettings
 from stf_jax.streams import (
@@ -481,7 +481,7 @@ def _baseline(
     if name == "c3d":
         volumes = _remat(Volumes, how)(c3d.width, norm_groups, dtype)
         return C3D(stream, volumes, c3d.dense, num_classes, rates, dtype)
-    frames = _remat(Frames, how)(cnn_lstm.width, norm_groups, dtype)
+    frames = _remat(SpatialStream, how)(cnn_lstm.width, norm_groups, dtype)
     return CNNLSTM(stream, frames, cnn_lstm.hidden, num_classes, rates, dtype)
 
 

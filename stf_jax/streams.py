@@ -136,11 +136,16 @@ class SpatialStream(nn.Module):
 
     @nn.compact
     def __call__(
-        self, rgb: Float[Array, "b t h w 3"], train: bool = True
+        self, frames: Float[Array, "b t h w i"], train: bool = True
     ) -> dict[str, Float[Array, "b t _h _w _c"]]:
-        """Returns the output of every block; 'block5' is the map, h and w divided by 16."""
+        """Returns the output of every block; 'block5' is the map, h and w divided by 16.
+
+        Args:
+          frames: colour; flow where a baseline puts it there.
+          train: as in `vgg_blocks`.
+        """
         return vgg_blocks(
-            rgb,
+            frames,
             width=self.width,
             last="block5_conv3",
             norm_groups=self.norm_groups,
