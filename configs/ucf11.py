@@ -157,7 +157,7 @@ def get_config(presets: str = "") -> ConfigDict:
         "cnn_lstm": {"width": 64, "hidden": 256},
     }
     config.optimizer = {
-        "name": "adam",  # sgdm, rmsprop
+        "name": "adam",  # sgdm, rmsprop, muon
         "weight_decay": 0.0,
         "clip": 5.0,  # norm of the gradient; 0: none
         "accumulate": 1,  # parts that a batch is worked through in: less memory, the same update
@@ -174,6 +174,8 @@ def get_config(presets: str = "") -> ConfigDict:
         "min_delta": 0.001,  # 0.1 points
         # Factors of the rate by parameter path, the first that matches; 0 freezes.
         "rates": ((".*", 1.0),),
+        # k: on clips of 1/k of the frames, k times as many of them (model.tpn must fit).
+        "divide_clips": 1,
     }
     config.stages = {"first": stage, "second": {**stage, "learning_rate": 1e-6, "max_epochs": 15}}
     config.stage_order = ("first", "second")

@@ -3,12 +3,13 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,9 @@ class StageSettings:
       rates: (expression, factor) pairs: a parameter's learning rate is multiplied by the factor of
         the first regular expression that matches its whole path (`spatial/block1_conv1/kernel`). A
         factor of 0 freezes it. Every parameter must be matched, and every expression match one.
+      divide_clips: trains on clips of so many times fewer frames, so many times as many in a batch
+        and of every video in an epoch: the same work on more different moments. 1 is whole clips;
+        validation always sees those. See `Settings.in_stage`.
 
     Raises:
       ValueError: an impossible value (names it).
@@ -43,6 +47,7 @@ class StageSettings:
     patience: int
     min_delta: float
     rates: tuple[tuple[str, float], ...]
+    divide_clips: int
 
     def __post_init__(self) -> None:
         """Checks the values; lists, as stored runs have them, become tuples."""
@@ -63,6 +68,8 @@ class StageSettings:
                 f"stage max_epochs and patience must be at least 1, got {self.max_epochs} and "
                 f"{self.patience}"
             )
+        if self.divide_clips < 1:
+            raise ValueError(f"stage divide_clips must be at least 1, got {self.divide_clips}")
 
 
 def learning_rate_fn(stage: StageSettings, steps_per_epoch: int) -> optax.Schedule:
@@ -108,12 +115,43 @@ def _checked_rates(rates: Sequence) -> tuple[tuple[str, float], ...]:
     return pairs
 
 
+def _matrices(params):
+    """Which axes of a kernel are a matrix's: all but the last are inputs. None: no matrix."""
+
+    def numbers(path, leaf) -> optax.contrib.MuonDimensionNumbers | None:
+        if leaf.ndim < 2 or re.fullmatch(_HEAD, parameter_path(path)):
+            return None
+        inputs = tuple(range(leaf.ndim - 1))
+        return optax.contrib.MuonDimensionNumbers(reduction_axis=inputs, output_axis=-1)
+
+    return jax.tree_util.tree_map_with_path(numbers, params)
+
+
+def _muon() -> optax.GradientTransformation:
+    muon = optax.contrib.muon(
+        1.0, consistent_rms=0.2, muon_weight_dimension_numbers=_matrices, nesterov=True
+    )
+    return optax.chain(muon, optax.scale(-1.0))  # the others leave the sign to what follows
+
+
+_HEAD = "(.*/)?head/.*"
+_DIRECTIONS: dict[str, Callable[[], optax.GradientTransformation]] = {
+    "adam": functools.partial(optax.scale_by_adam, b1=0.9, b2=0.999, eps=1e-8),
+    "sgdm": functools.partial(optax.trace, decay=0.9),
+    "rmsprop": functools.partial(optax.scale_by_rms, decay=0.9),
+    "muon": _muon,
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimizerSettings:
     """The optimiser (SPEC 8.2, 8.7); the learning rate comes from the stage, step by step.
 
     Args:
-      name: 'adam', 'sgdm' (momentum 0.9) or 'rmsprop'.
+      name: 'adam', 'sgdm' (momentum 0.9), 'rmsprop', or 'muon': kernels follow their momentum made
+        orthogonal, with entries as large as Adam's usually are, so that the rate means the same;
+        the classifier, biases and gains follow Adam (Liu et al., Muon is Scalable for LLM Training,
+        2025).
       weight_decay: decoupled, on kernels only; 0 is none.
       clip: largest global norm of the gradient of what is trained; 0 is none.
       accumulate: equal parts that a batch is worked through in, one after the other: one update
@@ -133,8 +171,9 @@ class OptimizerSettings:
 
     def __post_init__(self) -> None:
         """Checks the values."""
-        if self.name not in ("adam", "sgdm", "rmsprop"):
-            raise ValueError(f"optimizer.name: got {self.name!r}, one of 'adam', 'sgdm', 'rmsprop'")
+        if self.name not in _DIRECTIONS:
+            names = ", ".join(map(repr, _DIRECTIONS))
+            raise ValueError(f"optimizer.name: got {self.name!r}, one of {names}")
         if self.accumulate < 1:
             raise ValueError(f"optimizer.accumulate must be at least 1, got {self.accumulate}")
         if not 0 <= self.ema < 1:
@@ -157,13 +196,8 @@ def make_optimizer(
       ValueError: at `init`, an expression that matches no parameter, or a parameter that none
         matches (names them).
     """
-    scale = {
-        "adam": optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8),
-        "sgdm": optax.trace(decay=0.9),
-        "rmsprop": optax.scale_by_rms(decay=0.9),
-    }[settings.name]
     parts = [optax.clip_by_global_norm(settings.clip)] if settings.clip else []
-    parts.append(scale)
+    parts.append(_DIRECTIONS[settings.name]())
     if settings.weight_decay:
         parts.append(optax.add_decayed_weights(settings.weight_decay, mask=_kernels))
     train = optax.chain(*parts, optax.scale(-1.0))

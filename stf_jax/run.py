@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from stf_jax import hosts, prepare, protocols
 from stf_jax.augment import AugmentSettings
+from stf_jax.baselines import volumes_left
 from stf_jax.checkpoint import Checkpoints, Params
 from stf_jax.datasets import DataSettings
 from stf_jax.flow import TvL1Settings
@@ -107,7 +108,7 @@ class Settings:
                 f"augment.mixup={augment.mixup} mixes the clips of a batch: batch_size must be at "
                 f"least 2, got {config.batch_size}"
             )
-        return cls(
+        settings = cls(
             config=config,
             records=RecordSettings.of(config.records),
             sampling=sampling,
@@ -118,6 +119,9 @@ class Settings:
             transfer=TransferSettings(**config.transfer),
             eval=views,
         )
+        for name in settings.stages:
+            settings._check_division(name)
+        return settings
 
     @property
     def mesh(self) -> Mesh:
@@ -128,6 +132,59 @@ class Settings:
     def evaluated_stage(self) -> str:
         """The stage whose best weights are the run's result: the last."""
         return self.config.stage_order[-1]
+
+    def in_stage(self, name: str) -> "Settings":
+        """The settings that a stage's training steps follow: those of its divided clips, if any.
+
+        With `divide_clips` k the clips have T / k frames and the batches k times as many clips. A
+        window of the temporal pyramid is at most a clip. The weights have the same shapes: T is
+        long where they are validated, handed on and used.
+
+        Source: the short clips of multigrid training (Wu et al., A Multigrid Method for Efficiently
+          Training Video Models, CVPR 2020), without its changes of the picture's size.
+        """
+        parts = self.stages[name].divide_clips
+        if parts == 1:
+            return self
+        config = ml_collections.ConfigDict(self.config).unlock()
+        frames = self.sampling.num_frames // parts
+        config.sampling.num_frames = frames
+        config.batch_size *= parts
+        tpn = config.model.tpn
+        tpn.window, tpn.stride = min(tpn.window, frames), min(tpn.stride, frames)
+        return dataclasses.replace(
+            self,
+            config=ml_collections.FrozenConfigDict(config),
+            sampling=dataclasses.replace(self.sampling, num_frames=frames),
+        )
+
+    def _check_division(self, name: str) -> None:
+        """Makes sure that a stage's `divide_clips` leaves clips that the network can read.
+
+        Raises:
+          ValueError: it does not (names what would).
+        """
+        parts, total = self.stages[name].divide_clips, self.sampling.num_frames
+        fitting = [n for n in range(1, total // 2 + 1) if self._divides(n)]
+        if parts != 1 and parts not in fitting:
+            raise ValueError(
+                f"stages.{name}.divide_clips: got {parts}, allowed: {', '.join(map(str, fitting))} "
+                f"(parts of {total} frames that model.tpn's windows and levels, or the first fully "
+                "connected layer of model.architecture='c3d', fit)"
+            )
+
+    def _divides(self, parts: int) -> bool:
+        frames, odd = divmod(self.sampling.num_frames, parts)
+        if odd or parts == 1:
+            return parts == 1
+        model = self.config.model
+        if model.architecture == "c3d":
+            return volumes_left(frames) == volumes_left(self.sampling.num_frames)
+        if model.architecture == "cnn_lstm":
+            return True
+        window, stride = min(model.tpn.window, frames), min(model.tpn.stride, frames)
+        whole = (frames - window) % stride == 0
+        return whole and all(window % bins == 0 for bins in model.tpn.levels)
 
     def model(self, num_classes: int) -> Network:
         """The network for a number of classes."""

@@ -233,7 +233,7 @@ def compile_ahead(settings: Settings, num_classes: int, name: str, *, fresh: boo
       name: of the stage; another one that trains the same parts uses the same program.
       fresh: whether weights are going to be drawn.
     """
-    model, stored = settings.model(num_classes), settings.records
+    model, stored = settings.in_stage(name).model(num_classes), settings.records
     step: Callable[[], Any] = _nothing
     draw: Callable[[], Any] = _nothing
     # Flow that is computed on the devices comes from a program that decides how it lies on them.
@@ -256,7 +256,7 @@ def _nothing() -> None:
 def _step_shapes(settings: Settings, num_classes: int, name: str) -> tuple[Any, ...]:
     """The shapes of the other arguments of `train_step`, as they lie on the devices."""
     state = shapes_placed(abstract_state(settings, num_classes, name), settings.mesh)
-    batch = shapes_of_rows(settings.stored_batch(), settings.mesh)
+    batch = shapes_of_rows(settings.in_stage(name).stored_batch(), settings.mesh)
     return state, batch, jax.eval_shape(jax.random.key, 0), jax.ShapeDtypeStruct((), jnp.float32)
 
 
@@ -343,7 +343,7 @@ def train_stage(
     stage = settings.stages[name]
     number = settings.config.stage_order.index(name)
     entries = usable_entries(epoch_index(index, records, number, 0), records, "train")
-    per_epoch = steps_per_epoch(len(entries), settings.config.batch_size)
+    per_epoch = _epoch_steps(settings, name, len(entries))
     best, last = run.best(name), run.last(name)
     for checkpoints in (best, last):
         checkpoints.clean()
@@ -382,6 +382,12 @@ def train_stage(
     }
     run.write_json(f"stages/{name}/done.json", summary)
     return summary
+
+
+def _epoch_steps(settings: Settings, name: str, videos: int) -> int:
+    """Steps of an epoch of a stage, which sees every video `divide_clips` times."""
+    batch_size = settings.in_stage(name).config.batch_size
+    return settings.stages[name].divide_clips * steps_per_epoch(videos, batch_size)
 
 
 def _start(
@@ -452,11 +458,12 @@ class _Loop:
         self._monitor, self._profiler = monitor, profiler
         self._left = progress.TimeLeft()
         self._stage = settings.stages[name]
-        self._model = settings.model(len(index.class_names))
+        self._training = settings.in_stage(name)
+        self._model = self._training.model(len(index.class_names))
         # A stage's randomness differs from the other stages' but not between restarts.
         self._number = settings.config.stage_order.index(name)
         self._entries = self._trained_on(0)
-        self._per_epoch = steps_per_epoch(len(self._entries), settings.config.batch_size)
+        self._per_epoch = _epoch_steps(settings, name, len(self._entries))
         self._stamp = stamp_of(index, settings)
         self._rate = learning_rate_fn(self._stage, self._per_epoch)
         self._key = jax.random.fold_in(jax.random.key(settings.config.seed), self._number + 1)
@@ -487,8 +494,8 @@ class _Loop:
         return batches(
             self._records,
             entries,
-            self._settings.sampling,
-            batch_size=self._settings.config.batch_size,
+            self._training.sampling,
+            batch_size=self._training.config.batch_size,
             train=True,
             seed=self._settings.config.seed * 1000 + self._number,
             random_crop=self._settings.augment.moves,
@@ -595,7 +602,8 @@ class _Loop:
         view = epoch_index(self._index, self._records, self._number, memory.epoch)
         memory.epoch += 1
         step = int(state.step)
-        rows = [self._row("train", memory, step, state.sums.means(), int(state.sums.count))]
+        videos = int(state.sums.count) // self._stage.divide_clips
+        rows = [self._row("train", memory, step, state.sums.means(), videos)]
         improved, figures = True, None
         if self._validates:
             figures = evaluate_subset(

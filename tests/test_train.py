@@ -398,6 +398,79 @@ def test_stopping_at_any_step_and_going_on_equals_never_stopping(
     assert curves[0] == curves[1] and [at for at, _ in curves[0]] == list(range(1, step + 1))
 
 
+def test_divided_clips_are_shorter_and_more_and_hand_on_to_whole_ones(parts, tmp_path, monkeypatch):
+    """Half the frames, twice the clips: from every video two an epoch, other moments each."""
+    whole, settings, index, records = parts
+    config = settings.config.as_configdict().copy_and_resolve_references()
+    config.stages.first.divide_clips = 2
+    settings = Settings.of(config)
+    seen, frames, real = [], [], train.train_step
+
+    def watched(state, batch, *args, **kwargs):
+        entry, mask, seed = (np.asarray(x) for x in (batch.entry, batch.mask, batch.seed))
+        seen.append([(int(e), tuple(s)) for e, s in zip(entry[mask], seed[mask], strict=True)])
+        frames.append(batch.rgb.shape[:2])
+        return real(state, batch, *args, **kwargs)
+
+    monkeypatch.setattr(train, "train_step", watched)
+    summary = train_stage(whole, settings, "first", index, records)
+    videos = len(usable_entries(index, records, "train"))
+    assert videos == 8 and frames == [(8, 4)] * summary["steps"] and summary["steps"] == 4
+    for epoch in range(2):
+        clips = [clip for step in seen[2 * epoch : 2 * epoch + 2] for clip in step]
+        assert sorted(entry for entry, _ in clips) == sorted([*range(videos)] * 2)
+        assert len(set(clips)) == 2 * videos  # by their randomness
+    rows = [row for row in _log(whole) if row["kind"] == "train"]
+    assert [row["num_videos"] for row in rows] == [videos, videos]
+
+    # Stopped and continued, it is the same to the bit, and whole clips go on from its weights.
+    broken, steps = Run(tmp_path / "broken"), []
+
+    def stopped_once(*args, **kwargs):
+        steps.append(1)
+        if len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(train, "train_step", stopped_once)
+    with pytest.raises(Interrupted):
+        train_stage(broken, settings, "first", index, records)
+    train_stage(broken, settings, "first", index, records)
+    assert len(steps) == 4
+    ends = [_final(run, "first", settings)[1] for run in (whole, broken)]
+    assert _equal(*ends)
+    monkeypatch.setattr(train, "train_step", watched)
+    frames.clear()
+    train_stage(whole, settings, "second", index, records)
+    assert set(frames) == {(4, 8)}
+
+
+@pytest.mark.parametrize(
+    "changes, allowed",
+    [
+        ({}, "1, 2"),  # 8 frames: 4 of them fill a window, 2 cannot be divided into 4 bins
+        ({"model.tpn.levels": (1,)}, "1, 2, 4"),
+        ({"model.tpn.levels": (1,), "model.tpn.window": 6, "model.tpn.stride": 2}, "1, 2, 4"),
+        ({"model.architecture": "cnn_lstm", "model.streams": "rgb"}, "1, 2, 4"),
+        (
+            {"model.architecture": "c3d", "model.streams": "rgb"},
+            "1, 2, 4",
+        ),  # one step is left of all
+        ({"model.architecture": "c3d", "model.streams": "rgb", "sampling.num_frames": 24}, "1"),
+    ],
+)
+def test_divided_clips_must_fit_the_network(tiny_config, changes, allowed):
+    tiny_config.update_from_flattened_dict(changes)
+    for parts in range(2, 9):
+        tiny_config.stages.first.divide_clips = parts
+        if str(parts) in allowed.split(", "):
+            Settings.of(tiny_config)
+            continue
+        with pytest.raises(ValueError, match="first.divide_clips: got") as error:
+            Settings.of(tiny_config)
+        assert f"allowed: {allowed} (" in str(error.value)
+
+
 def _log(run, name="metrics.jsonl"):
     rows = [json.loads(line) for line in (run.workdir / name).read_text().splitlines()]
     measured = ("seconds", "waiting_seconds", "clips_per_second", "waiting_share", "memory_mb")
