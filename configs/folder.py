@@ -96,6 +96,7 @@ def get_config(presets: str = "") -> ConfigDict:
     config.inputs = {
         "crop_size": 224,
         "rgb_preprocess": "caffe",
+        "rgb_mean": "none",  # clip: its mean frame is subtracted
         "flow_channels": "uv",  # uv_half, mag, gray, u (SPEC 2.3)
         "flow_mean": "const128",  # per_field, none (SPEC 2.10)
         "flow_scale": 1.0,
@@ -139,6 +140,7 @@ def get_config(presets: str = "") -> ConfigDict:
             "relu": True,
             "pool5": "after",
             "init": "feichtenhofer",
+            "drop_rgb": 0.0,  # share of training clips fused without colour
         },
         "tpn": {"window": 8, "stride": 8, "levels": (1, 2, 4), "psi": "mean"},
         "lstm": {

@@ -36,6 +36,8 @@ class FusionSettings:
       pool5: how h and w are halved: max-pooling 'after' the convolution, max-pooling of each map
         'before' it, 'stride' 2 in it, or 'average' pooling after it.
       init: 'feichtenhofer' (a Gaussian blur of 0.25 spatial + 0.75 temporal map) or 'he'.
+      drop_rgb: share of training clips whose colour map is left out, as zeros. Colour gives few
+        videos away by their backgrounds, before their motion is learnt; these clips cannot be.
 
     Raises:
       ValueError: an impossible value (names it).
@@ -46,6 +48,7 @@ class FusionSettings:
     relu: bool
     pool5: str
     init: str
+    drop_rgb: float
 
     def __post_init__(self) -> None:
         """Checks the values and makes them hashable."""
@@ -57,6 +60,8 @@ class FusionSettings:
         check_setting(isinstance(self.relu, bool), "fusion.relu", self.relu, "True, False")
         check_choice("fusion.pool5", self.pool5, ("after", "before", "stride", "average"))
         check_choice("fusion.init", self.init, ("feichtenhofer", "he"))
+        share = 0 <= self.drop_rgb < 1
+        check_setting(share, "fusion.drop_rgb", self.drop_rgb, "0 <= share < 1")
 
 
 class Fusion(nn.Module):

@@ -22,6 +22,7 @@ STILL_FLOW = {"uv": ZERO_FLOW, "uv_half": ZERO_FLOW, "mag": 0, "gray": 255, "u":
 
 _CHOICES = {
     "rgb_preprocess": ("caffe", "zero_one", "minus1_1"),
+    "rgb_mean": ("none", "clip"),
     "flow_channels": tuple(STILL_FLOW),
     "flow_mean": ("const128", "per_field", "none"),
 }
@@ -58,6 +59,8 @@ class InputSettings:
         the centre; in training `augment` may have it elsewhere.
       rgb_preprocess: 'caffe' (blue, green, red minus the ImageNet means; SPEC 3.3), 'zero_one' or
         'minus1_1' (red, green, blue scaled).
+      rgb_mean: what is subtracted from that: 'none', or 'clip', the mean frame of the clip: what
+        stands still, such as a background that few videos share, vanishes. Not in the paper.
       flow_channels: what of the L fields around a frame the network sees; see `read_flow` (SPEC
         2.3).
       flow_mean: what is subtracted from it (SPEC 2.10): 'const128', the value of a still field,
@@ -71,6 +74,7 @@ class InputSettings:
 
     crop_size: int
     rgb_preprocess: str
+    rgb_mean: str
     flow_channels: str
     flow_mean: str
     flow_scale: float
@@ -241,10 +245,12 @@ def silenced(batch: Batch, stream: str) -> Batch:
 def _normalise_rgb(rgb: Array, settings: InputSettings) -> Array:
     rgb = rgb.astype(jnp.float32)
     if settings.rgb_preprocess == "caffe":
-        return rgb[..., ::-1] - jnp.array(CAFFE_MEANS_BGR).reshape(1, 1, 1, 1, 3)
-    if settings.rgb_preprocess == "zero_one":
-        return rgb / 255.0
-    return rgb / 127.5 - 1.0
+        rgb = rgb[..., ::-1] - jnp.array(CAFFE_MEANS_BGR).reshape(1, 1, 1, 1, 3)
+    elif settings.rgb_preprocess == "zero_one":
+        rgb = rgb / 255.0
+    else:
+        rgb = rgb / 127.5 - 1.0
+    return rgb - rgb.mean(axis=1, keepdims=True) if settings.rgb_mean == "clip" else rgb
 
 
 def _normalise_flow(flow: Array, settings: InputSettings) -> Array:

@@ -61,6 +61,7 @@ PAPER_MODEL: Mapping[str, Any] = {
         "relu": True,
         "pool5": "after",
         "init": "feichtenhofer",
+        "drop_rgb": 0.0,
     },
     "tpn": {"window": 8, "stride": 8, "levels": (1, 2, 4), "psi": "mean"},
     "lstm": {
@@ -314,18 +315,20 @@ class ActionNetwork(nn.Module):
             features |= {f"flow_{name}": block for name, block in blocks.items()}
             features["flow_map"] = blocks["conv3d2"]
             maps.append(blocks["conv3d2"])
-        features["fused"] = self.fusion(*maps)
-        features["pyramid"] = segment_vectors(features["fused"], self.tpn)
 
-        def dropped(name: str, rate: float, x: Array) -> Array:
+        def dropped(name: str, rate: float, x: Array, *, whole: bool = False) -> Array:
             if not train:
                 return x
             places = jnp.arange(len(rgb)) if rows is None else rows
-            return ClipDropout(self.drop.rate(rate), name=name)(x, places)
+            return ClipDropout(rate, whole, name=name)(x, places)
 
-        x = dropped("drop_input", self.drop.input, features["pyramid"])
+        if self.sees_both:
+            maps[0] = dropped("drop_rgb", self.fusion.settings.drop_rgb, maps[0], whole=True)
+        features["fused"] = self.fusion(*maps)
+        features["pyramid"] = segment_vectors(features["fused"], self.tpn)
+        x = dropped("drop_input", self.drop.rate(self.drop.input), features["pyramid"])
         features["states"] = self.recurrent(x)
-        x = dropped("drop_output", self.drop.output, features["states"])
+        x = dropped("drop_output", self.drop.rate(self.drop.output), features["states"])
         features["logits"], features["step_logits"] = self.head(x)
         return features["logits"], features
 

@@ -250,9 +250,11 @@ class ClipDropout(nn.Module):
 
     Attributes:
       rate: probability for each number.
+      whole: of whole clips instead; what is left keeps its size then, as in evaluation.
     """
 
     rate: float
+    whole: bool = False
 
     @nn.compact
     def __call__(
@@ -263,10 +265,13 @@ class ClipDropout(nn.Module):
             return x
         key = self.make_rng("dropout")
 
-        def kept(row: Array) -> Array:
-            return jax.random.bernoulli(jax.random.fold_in(key, row), 1 - self.rate, x.shape[1:])
+        shape = (1,) * (x.ndim - 1) if self.whole else x.shape[1:]
 
-        return jnp.where(jax.vmap(kept)(rows), x / (1 - self.rate), jnp.zeros_like(x))
+        def kept(row: Array) -> Array:
+            return jax.random.bernoulli(jax.random.fold_in(key, row), 1 - self.rate, shape)
+
+        left = x if self.whole else x / (1 - self.rate)
+        return jnp.where(jax.vmap(kept)(rows), left, jnp.zeros_like(x))
 
 
 def vgg_blocks(

@@ -106,6 +106,7 @@ def tiny_model_settings() -> dict:
             "relu": True,
             "pool5": "after",
             "init": "feichtenhofer",
+            "drop_rgb": 0.0,
         },
         "tpn": {"window": 4, "stride": 4, "levels": (1, 2, 4), "psi": "mean"},
         "lstm": {

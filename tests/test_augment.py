@@ -21,7 +21,12 @@ PLAIN = AugmentSettings(
     contrast=0.0, saturation=0.0, hue=0.0, mixup=0.0, label_smoothing=0.0,
 )  # fmt: skip
 INPUTS = InputSettings(
-    crop_size=24, rgb_preprocess="zero_one", flow_channels="uv", flow_mean="none", flow_scale=1.0
+    crop_size=24,
+    rgb_preprocess="zero_one",
+    rgb_mean="none",
+    flow_channels="uv",
+    flow_mean="none",
+    flow_scale=1.0,
 )
 LITERATURE = (1.0, 0.875, 0.75, 0.66)
 

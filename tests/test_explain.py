@@ -10,7 +10,7 @@ from stf_jax.explain import draw, explain
 from stf_jax.inputs import Batch, InputSettings, network_input
 from stf_jax.model import build_model
 
-INPUTS = InputSettings(32, "minus1_1", "uv", "const128", 1 / 32)
+INPUTS = InputSettings(32, "minus1_1", "none", "uv", "const128", 1 / 32)
 
 
 def _batch(seed=0):

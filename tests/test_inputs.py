@@ -24,7 +24,8 @@ from stf_jax.prepare import RecordSettings
 from stf_jax.run import Settings
 
 SETTINGS = InputSettings(
-    crop_size=16, rgb_preprocess="caffe", flow_channels="uv", flow_mean="const128", flow_scale=1.0,
+    crop_size=16, rgb_preprocess="caffe", rgb_mean="none", flow_channels="uv",
+    flow_mean="const128", flow_scale=1.0,
 )  # fmt: skip
 PLAIN = AugmentSettings(
     crop="centre", scales=(), area=(0.08, 1.0), aspect=(0.75, 4 / 3), flip=False, brightness=0.0,
@@ -62,6 +63,24 @@ def test_scaled_colours(mode, low, high):
     rgb, _ = network_input(batch, dataclasses.replace(SETTINGS, rgb_preprocess=mode), augment=None)
     expected = low + (high - low) * np.asarray(batch.rgb, np.float64) / 255
     np.testing.assert_allclose(rgb, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["caffe", "zero_one", "minus1_1"])
+def test_the_mean_frame_of_each_clip_is_taken_away(mode):
+    """What stands still is nothing, in whatever colour; what moves is the same on any ground."""
+    rgb = np.full((2, 3, 16, 16, 3), 70, np.uint8)
+    rgb[1] = 200
+    for frame in range(3):
+        rgb[:, frame, 2, frame] += 30  # a speck that walks
+    settings = dataclasses.replace(SETTINGS, rgb_preprocess=mode, rgb_mean="clip")
+    batch = _batch()._replace(rgb=jnp.asarray(rgb), flow=jnp.zeros((2, 3, 8, 16, 16), jnp.uint8))
+    got, _ = network_input(batch, settings, augment=None)
+    scale = {"caffe": 1.0, "zero_one": 1 / 255, "minus1_1": 1 / 127.5}[mode]
+    expected = np.zeros((2, 3, 16, 16, 3))
+    expected[:, :, 2, :3] = -10
+    for frame in range(3):
+        expected[:, frame, 2, frame] = 20
+    np.testing.assert_allclose(got, expected * scale, atol=1e-4 * scale)
 
 
 def test_flow_is_centred_and_scaled():
@@ -151,6 +170,7 @@ def test_a_crop_larger_than_the_records_is_refused():
     ("key", "value", "allowed"),
     [
         ("crop_size", 15, "at least 16"),
+        ("rgb_mean", "video", "'none', 'clip'"),
         ("rgb_preprocess", "cafe", "'caffe', 'zero_one', 'minus1_1'"),
         ("flow_channels", "vu", "'uv', 'uv_half', 'mag', 'gray', 'u'"),
         ("flow_mean", 128, "'const128', 'per_field', 'none'"),

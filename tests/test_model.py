@@ -414,6 +414,31 @@ def test_dropout_acts_in_training_only_and_follows_its_key(tiny):
     np.testing.assert_array_equal(undisturbed["logits"], base["logits"])
 
 
+def test_a_share_of_the_training_clips_is_fused_without_colour(tiny):
+    """Such a clip's outputs do not depend on its colours; the others are as in evaluation."""
+    clips, share = 64, 0.7
+    network = tiny({"fusion.drop_rgb": share, "drop.input": 0.0, "drop.output": 0.0})
+    random = np.random.default_rng(0)
+    flow = jnp.asarray(random.normal(size=(1, 8, 32, 32, 8)).repeat(clips, 0), jnp.float32)
+    colours = [
+        jnp.asarray(random.normal(size=(1, 8, 32, 32, 3)).repeat(clips, 0), jnp.float32)
+        for _ in range(2)
+    ]
+    params = network.init(jax.random.key(0), colours[0][:1], flow[:1], train=False)
+
+    @functools.partial(jax.jit, static_argnames="train")
+    def fused(rgb, key, train):
+        rngs = {"dropout": jax.random.key(key)}
+        return network.apply(params, rgb, flow, train=train, rngs=rngs)[1]["fused"]
+
+    one, other = (np.asarray(fused(rgb, 1, True)) for rgb in colours)
+    dropped = np.array([np.array_equal(a, b) for a, b in zip(one, other, strict=True)])
+    assert dropped.mean() == pytest.approx(share, abs=0.15)
+    np.testing.assert_allclose(one[~dropped], fused(colours[0], 1, False)[~dropped], atol=1e-5)
+    again = np.asarray(fused(colours[0], 2, True))
+    assert any(not np.array_equal(a, b) for a, b in zip(one, again, strict=True))
+
+
 def test_the_gradient_reaches_every_parameter(tiny):
     network = tiny()
     weights = jnp.asarray(np.random.default_rng(3).normal(0, 1, (2, CLASSES)))

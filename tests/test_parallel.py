@@ -46,7 +46,7 @@ batch = Batch(
     entry=np.arange(8, dtype=np.int32),
     seed=np.zeros((8, 2), np.uint32),
 )
-inputs = InputSettings(32, "minus1_1", "uv", "const128", 1 / 32)
+inputs = InputSettings(32, "minus1_1", "none", "uv", "const128", 1 / 32)
 augment = AugmentSettings("centre", (), (0.1, 1.0), (0.5, 2.0), False, 0.0, 0.0, 0.0, 0.0, 0.3, 0.0)
 optimizer = OptimizerSettings("sgdm", 0.0, 5.0, 1, 0.0)
 rates = ((".*", 1.0),)
