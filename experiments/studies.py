@@ -126,11 +126,53 @@ _PARTS = Study(
             Row(
                 f"{name}_{stream}",
                 f"baseline: small {what}, {seen}",
-                {"model.architecture": name, "model.streams": stream, **_ALONE},
+                {"model.architecture": name, "model.streams": stream, **changes, **_ALONE},
             )
-            for name, what in (("c3d", "C3D"), ("cnn_lstm", "CNN with an LSTM"))
+            for name, what, changes in (
+                # Its first fully connected layer takes clips of one length only.
+                ("c3d", "C3D, whole clips", {"stages.first.divide_clips": 1}),
+                ("cnn_lstm", "CNN with an LSTM", {}),
+            )
             for stream, seen in (("rgb", "colour"), ("flow", "flow"))
         ),
+    ),
+)
+
+_RECIPE = Study(
+    name="recipe",
+    card=_REAL,
+    question="What does each part of the laptop's recipe do for learning from few videos? Chosen "
+    "by this, so run it with --select.",
+    reference="all",
+    seeds=(0, 1),
+    common={"data.validation_fraction": 1 / 3},
+    rows=(
+        Row("all", "the recipe"),
+        Row("flow", "flow only", {"model.streams": "flow"}),
+        Row("rgb", "colour only", {"model.streams": "rgb"}),
+        Row(
+            "adam",
+            "Adam, at 1e-3 and 1e-4, instead of Muon",
+            {
+                "optimizer.name": "adam",
+                "stages.first.learning_rate": 1e-3,
+                "stages.second.learning_rate": 1e-4,
+            },
+        ),
+        Row("whole_clips", "whole clips in both stages", {"stages.first.divide_clips": 1}),
+        Row("clips_of_8", "clips of 8 frames in the first stage", {"stages.first.divide_clips": 3}),
+        Row("colour_as_it_is", "colour with the clip's mean frame", {"inputs.rgb_mean": "none"}),
+        Row("colour_always", "no clips fused without colour", {"model.fusion.drop_rgb": 0.0}),
+        Row(
+            "plain_fusion",
+            "both: colour as it is, always",
+            {"inputs.rgb_mean": "none", "model.fusion.drop_rgb": 0.0},
+        ),
+        Row("windows_of_one_size", "random windows of one size", {"augment.crop": "random"}),
+        Row("inflated", "3-D layers start as 2-D ones", {"model.temporal.init": "inflate"}),
+        Row("he_fusion", "fusion starts He-normal", {"model.fusion.init": "he"}),
+        Row("flow_mean", "mean flow subtracted", {"inputs.flow_mean": "per_field"}),
+        Row("flow_scale", "flow twice as large", {"inputs.flow_scale": 1 / 16}),
     ),
 )
 
@@ -217,4 +259,4 @@ _WEIZMANN = Study(
     pooled="each person left out once",
 )
 
-STUDIES = {study.name: study for study in (_PARTS, _LEAK, _DEMO_PARTS, _WEIZMANN)}
+STUDIES = {study.name: study for study in (_PARTS, _RECIPE, _LEAK, _DEMO_PARTS, _WEIZMANN)}

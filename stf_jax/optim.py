@@ -119,7 +119,7 @@ def _matrices(params):
     """Which axes of a kernel are a matrix's: all but the last are inputs. None: no matrix."""
 
     def numbers(path, leaf) -> optax.contrib.MuonDimensionNumbers | None:
-        if leaf.ndim < 2 or re.fullmatch(_HEAD, parameter_path(path)):
+        if leaf.ndim < 2 or re.fullmatch(_NOT_ORTHOGONAL, parameter_path(path)):
             return None
         inputs = tuple(range(leaf.ndim - 1))
         return optax.contrib.MuonDimensionNumbers(reduction_axis=inputs, output_axis=-1)
@@ -134,7 +134,9 @@ def _muon() -> optax.GradientTransformation:
     return optax.chain(muon, optax.scale(-1.0))  # the others leave the sign to what follows
 
 
-_HEAD = "(.*/)?head/.*"
+# The recurrent layer's input kernels have two thirds of all weights: making them orthogonal costs a
+# CPU as much as a quarter of the rest of the step, and each of several devices would do it.
+_NOT_ORTHOGONAL = "(.*/)?(head|recurrent)/.*"
 _DIRECTIONS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "adam": functools.partial(optax.scale_by_adam, b1=0.9, b2=0.999, eps=1e-8),
     "sgdm": functools.partial(optax.trace, decay=0.9),
@@ -150,8 +152,8 @@ class OptimizerSettings:
     Args:
       name: 'adam', 'sgdm' (momentum 0.9), 'rmsprop', or 'muon': kernels follow their momentum made
         orthogonal, with entries as large as Adam's usually are, so that the rate means the same;
-        the classifier, biases and gains follow Adam (Liu et al., Muon is Scalable for LLM Training,
-        2025).
+        recurrent layer, classifier, biases and gains follow Adam (Liu et al., Muon is Scalable for
+        LLM Training, 2025).
       weight_decay: decoupled, on kernels only; 0 is none.
       clip: largest global norm of the gradient of what is trained; 0 is none.
       accumulate: equal parts that a batch is worked through in, one after the other: one update
