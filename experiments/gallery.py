@@ -283,13 +283,16 @@ class _Browser:
 
 
 def _page(results: dict[str, Any], made: Sequence[tuple[str, str]]) -> str:
+    from stf_jax.run import deciding
+
     environment = results["environment"]
-    changes = "".join(f" --config.{key}={value}" for key, value in results["changes"].items())
+    told = deciding(results["changes"])  # where things lay on a machine is nobody's business
+    changes = "".join(f" --config.{key}={value}" for key, value in told.items())
     low, high = results["interval95"]
     lines = [
         "# Gallery",
         "",
-        f"Made by `experiments/gallery.py` from a run of `{results['config_file']}`{changes} on "
+        f"Made by `experiments/gallery.py` from a run of `{results['config_file']}{changes}` on "
         f"real videos: {results['top1']:.1%} top-1 on {results['num_videos']} test videos "
         f"({low:.1%} to {high:.1%}), {results['protocol']}; commit {environment['commit']}, seed "
         f"{results['seed']}, {environment['machine']}. Frames are shown as mosaics, because the "

@@ -40,6 +40,8 @@ def record(workdir: Path, name: str) -> Path:
       FileNotFoundError: the run is not finished.
       ValueError: its figures are not those of a test.
     """
+    from stf_jax.run import deciding
+
     source = workdir / "results.json"
     if not source.exists():
         raise FileNotFoundError(f"{source} is missing: finish the run first")
@@ -55,7 +57,7 @@ def record(workdir: Path, name: str) -> Path:
     if results["seen"] is not None:
         kept["seen"] = results["seen"]
     # Where things lay on a machine is nobody else's business.
-    kept["changes"] = {k: v for k, v in kept["changes"].items() if not k.endswith(".root")}
+    kept["changes"] = deciding(kept["changes"])
     kept["data"] = {key: results["data"][key] for key in ("name", "counts")}
     log = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     names = ("stage", "kind", "epoch", "loss", "top1")

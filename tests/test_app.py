@@ -17,6 +17,7 @@ from pathlib import Path
 
 import app_work
 import pytest
+from as_if_trained import as_if_trained
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
@@ -24,7 +25,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 from stf_jax import app
 from stf_jax.datasets import load_index
 from stf_jax.records import prepare_records
-from stf_jax.run import Run, Settings, stamp_of
+from stf_jax.run import Settings
 
 ROOT = Path(__file__).parent.parent
 CLIPS = os.environ.get("STF_DATA")
@@ -222,18 +223,9 @@ def test_a_port_in_use_and_impossible_limits_are_told(capsys):
 @pytest.fixture(scope="module")
 def trained(tiny_card, tmp_path_factory):
     """The folder of a finished run, its weights those that it would begin with."""
-    run = Run(tmp_path_factory.mktemp("app") / "run")
-    settings = Settings.of(tiny_card)
-    run.claim(tiny_card)
-    index = load_index(tiny_card.data)
-    prepare_records(index, settings.records)
-    stamp = stamp_of(index, settings)
-    facts = {"class_names": list(index.class_names), "protocol": "made up", "leaky": False}
-    run.write_json("data.json", {**facts, "stamp": stamp})
-    with closing(run.best("second")) as best:
-        best.save(1, settings.initial_params(settings.model(2)), {"stamp": stamp})
-    run.write_json("stages/second/done.json", {"name": "second"})
-    return run.workdir
+    settings, index = Settings.of(tiny_card), load_index(tiny_card.data)
+    records = prepare_records(index, settings.records)
+    return as_if_trained(settings, index, records, tmp_path_factory.mktemp("app") / "run").workdir
 
 
 def _start(workdir, folder, *words):

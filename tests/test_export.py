@@ -8,21 +8,21 @@ import re
 import shutil
 import subprocess
 import sys
-from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
+from as_if_trained import STAGE, as_if_trained
 
 import stf_jax
 from stf_jax import export
 from stf_jax.checkpoint import count_parameters
 from stf_jax.datasets import load_index
 from stf_jax.evaluate import evaluate_subset
-from stf_jax.main import _data_facts, environment
+from stf_jax.main import environment
 from stf_jax.predict import Predictor, Trained
 from stf_jax.records import prepare_records
-from stf_jax.run import Run, Settings, stamp_of
+from stf_jax.run import Settings
 from stf_jax.scores import write_scores
 from stf_jax.video import Limits, VideoReader
 
@@ -33,18 +33,11 @@ _BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 @pytest.fixture(scope="module")
 def run(tiny_card, tmp_path_factory):
     """The folder of a run as training leaves it, but that its weights are where it would begin."""
-    run = Run(tmp_path_factory.mktemp("export") / "run")
-    settings = Settings.of(tiny_card)
-    run.claim(tiny_card)
-    index = load_index(tiny_card.data)
+    settings, index = Settings.of(tiny_card), load_index(tiny_card.data)
     records = prepare_records(index, settings.records)
-    stamp = stamp_of(index, settings)
-    run.write_json("data.json", {**_data_facts(run, index, records, 1.0), "stamp": stamp})
+    folder = tmp_path_factory.mktemp("export") / "run"
+    run = as_if_trained(settings, index, records, folder)
     params = settings.initial_params(settings.model(2))
-    with closing(run.best("second")) as best:
-        best.save(1, params, {"stamp": stamp})
-    stage = {"name": "second", "learning_rate": 1e-4, "epochs": 1, "seconds": 1.0}
-    run.write_json("stages/second/done.json", stage)
     scores = evaluate_subset(settings, params, index, records, "test")
     write_scores(run.workdir / "scores.csv", scores, index.class_names)
     results = {
@@ -55,7 +48,7 @@ def run(tiny_card, tmp_path_factory):
         "notes": list(index.notes),
         "chance": 0.5,
         "data": {"name": index.name, "counts": {"train": 8, "validation": 4, "test": 4}},
-        "stages": [stage],
+        "stages": [STAGE],
         "environment": environment(),
         "config_file": "configs/folder.py",
         "changes": {"data.root": "here", "seed": 0},

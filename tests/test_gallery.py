@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments.gallery import join, mosaic, read_tested, surest
+from experiments.gallery import _page, join, mosaic, read_tested, surest
 from stf_jax.video import Limits, VideoReader
 
 
@@ -20,6 +20,19 @@ def test_the_surest_right_and_wrong_video_are_chosen(tmp_path):
     assert surest(tested, False)[1:] == ("walk", "run", 0.7)
     with pytest.raises(ValueError, match="no test video was answered wrongly"):
         surest([tested[0]], False)
+
+
+def test_the_page_says_what_was_run_and_not_where_it_lay():
+    results = {
+        "config_file": "configs/ucf101.py:laptop",
+        "changes": {"data.root": "/home/ann/ucf101", "records.root": "/home/ann/r", "seed": 3},
+        "environment": {"commit": "abc1234", "machine": "Linux x86_64"},
+        "interval95": (0.5, 0.75), "top1": 0.625, "num_videos": 8, "protocol": "official",
+        "seed": 3,
+    }  # fmt: skip
+    page = _page(results, [("report.png", "its report")])
+    assert "a run of `configs/ucf101.py:laptop --config.seed=3` on real videos: 62.5% top-1" in page
+    assert "ann" not in page and "![its report](report.png)" in page
 
 
 def test_a_mosaic_has_so_few_colours_and_keeps_the_mean():

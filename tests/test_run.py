@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from as_if_trained import as_if_trained
 
 from stf_jax import main, train
 from stf_jax.datasets import load_index
@@ -240,21 +241,6 @@ def test_every_kind_of_mismatch_names_its_override(tiny_config):
         allowed_mismatches("splits")
 
 
-def _as_if_trained(settings, index, records, workdir: Path) -> Run:
-    """A finished run whose weights are the initial ones."""
-    run = Run(workdir)
-    run.claim(settings.config.as_configdict())
-    stamp = stamp_of(index, settings)
-    classes = list(index.class_names)
-    run.write_json("data.json", {"name": index.name, "stamp": stamp, "class_names": classes})
-    write_videos(run, index, records)
-    run.write_json("stages/second/done.json", {})
-    best = run.best("second")
-    best.save(1, settings.initial_params(settings.model(len(classes))), {"stamp": stamp})
-    best.close()
-    return run
-
-
 @pytest.fixture
 def two_lists(tiny_config, tmp_path):
     """Settings, index and records of two classes, and of the same with another name for one."""
@@ -279,7 +265,7 @@ def two_lists(tiny_config, tmp_path):
 
 def test_another_class_list_starts_from_a_trained_run_by_one_setting(two_lists, tmp_path):
     (settings, index, records), (tuned, other, other_records) = two_lists
-    source = _as_if_trained(settings, index, records, tmp_path / "source")
+    source = as_if_trained(settings, index, records, tmp_path / "source")
     run = Run(tmp_path / "tuned")
     run.workdir.mkdir()
     honest = with_source(run, tuned, other, other_records)
@@ -310,7 +296,7 @@ def test_a_source_that_knows_the_test_videos_is_refused_or_labelled(two_lists, t
     other_split = {**config.data.to_dict(), "seed": 3}
     seen = load_index(other_split)
     assert {e.video_id for e in seen.subset("test")} != {e.video_id for e in index.subset("test")}
-    _as_if_trained(settings, seen, records, tmp_path / "source")
+    as_if_trained(settings, seen, records, tmp_path / "source")
     config.transfer.source = str(tmp_path / "source")
     run = Run(tmp_path / "tuned")
     run.workdir.mkdir()
@@ -326,7 +312,7 @@ def test_a_source_that_is_no_finished_run_or_has_other_flow_is_refused(two_lists
     (settings, index, records), (tuned, other, _) = two_lists
     with pytest.raises(FileNotFoundError, match="source.*is missing"):
         source_weights(tuned, stamp_of(other, tuned))
-    source = _as_if_trained(settings, index, records, tmp_path / "source")
+    source = as_if_trained(settings, index, records, tmp_path / "source")
     stamp = stamp_of(other, tuned)
     stamp["flow"]["flow_algorithm"] = "farneback"
     with pytest.raises(ValueError, match="flow_algorithm 'dis' there, 'farneback' now"):
@@ -338,7 +324,7 @@ def test_a_source_that_is_no_finished_run_or_has_other_flow_is_refused(two_lists
 
 def test_a_third_stage_goes_on_from_the_second(two_lists, tmp_path):
     (settings, index, records), _ = two_lists
-    run = _as_if_trained(settings, index, records, tmp_path / "run")
+    run = as_if_trained(settings, index, records, tmp_path / "run")
     config = settings.config.as_configdict().copy_and_resolve_references()
     with config.unlocked():
         config.stages.third = {
