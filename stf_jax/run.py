@@ -169,8 +169,8 @@ class Settings:
         if parts != 1 and parts not in fitting:
             raise ValueError(
                 f"stages.{name}.divide_clips: got {parts}, allowed: {', '.join(map(str, fitting))} "
-                f"(parts of {total} frames that model.tpn's windows and levels, or the first fully "
-                "connected layer of model.architecture='c3d', fit)"
+                f"(sampling.num_frames={total} in clips that model.tpn's windows and levels, or "
+                "the first fully connected layer of model.architecture='c3d', fit; 1: whole clips)"
             )
 
     def _divides(self, parts: int) -> bool:

@@ -56,7 +56,11 @@ def test_a_typo_ends_in_one_line_that_names_it(arguments, said):
         ({"stages.first.schedule": "sine"}, "sine"),
         ({"inputs.crop_size": 8}, "inputs.crop_size"),
         ({"inputs.crop_size": 96}, "records.size is only 80 px"),
-        ({"sampling.num_frames": 20}, "20 frames do not divide"),
+        (
+            {"sampling.num_frames": 20, "stages.first.divide_clips": 5},
+            "20 frames do not divide",
+        ),
+        ({"sampling.num_frames": 20}, "divide_clips: got 6, allowed: 1, 5 .sampling.num_frames=20"),
     ],
 )
 def test_an_impossible_value_ends_before_any_work(changes, said, tmp_path):
