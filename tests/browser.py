@@ -9,6 +9,8 @@ _SWITCHES = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
     "--disable-background-networking", "--disable-component-update", "--no-first-run",
     "--hide-scrollbars", "--force-color-profile=srgb",
+    # A click misses what scrolls smoothly past it, where cores are slow.
+    "--force-prefers-reduced-motion",
     # A camera that shows a moving disc, and nobody who has to allow it.
     "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream",
 )  # fmt: skip

@@ -210,6 +210,7 @@ SWITCHES = [
     ({}, {"fusion.pool5": "stride"}, (), ("fused",)),
     ({}, {"fusion.pool5": "average"}, (), ("fused",)),
     ({}, {"fusion.init": "he"}, (), ()),
+    ({}, {"fusion.drop_rgb": 0.5}, (), ()),  # of training alone: tests/test_fusion.py
     ({}, {"tpn.window": 8}, (), ("pyramid",)),
     ({}, {"tpn.stride": 2}, (), ("pyramid",)),
     ({}, {"tpn.levels": (4,)}, ("recurrent/",), ("pyramid",)),
