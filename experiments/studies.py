@@ -69,6 +69,8 @@ class Study:
             raise ValueError(f"study {self.name!r}: rows need names, each once: got {names}")
         if self.reference and self.reference not in names:
             raise ValueError(f"study {self.name!r}: no row is called {self.reference!r}")
+        if self.pooled and "all" in names:
+            raise ValueError(f"study {self.name!r}: 'all' is the line of all rows together")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"study {self.name!r}: seeds {tuple(self.seeds)}, each once")
 

@@ -401,7 +401,8 @@ def draw(path: Path, study: Study, tables: Tables, lines: Sequence[dict[str, Any
 def _draw_dots(ax: Any, study: Study, tables: Tables, lines: Sequence[dict[str, Any]]) -> None:
     most = max(len(line["seeds"].split()) for line in lines)
     for place, line in enumerate(lines):
-        keys = [key for key in tables.runs if line["row"] in (key[0], "all")]
+        pooled = bool(study.pooled) and line["row"] == "all"
+        keys = [key for key in tables.runs if pooled or key[0] == line["row"]]
         leaky = any(tables.runs[key]["leaky"] == "True" for key in keys)
         colour = "#c0392b" if leaky else "#2c5f8a"
         dots = [100 * float(tables.runs[key]["top1"]) for key in keys]

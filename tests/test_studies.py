@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from experiments import results_page, study_results, study_runs
 from experiments.studies import STUDIES, Row, Study
@@ -249,6 +250,28 @@ def test_only_seeds_that_both_have_are_compared():
     cued = dataclasses.replace(STUDY, cues={"colour": ("x",), "none": ("z",)})
     line = study_results.summarise(cued, some)[1]
     assert line["cue_colour"] == pytest.approx(3 / 8) and line["cue_none"] is None
+
+
+def _dots(study):
+    """Accuracies that are drawn as dots, by the name of the line that they stand on."""
+    lines = study_results.summarise(study, _tables())
+    figure = Figure()
+    axes = figure.subplots()
+    study_results._draw_dots(axes, study, _tables(), lines)
+    drawn = [line for line in axes.lines if line.get_marker() == "o"]
+    assert [set(line.get_ydata()) for line in drawn] == [{place} for place in range(len(lines))]
+    return {line["row"]: sorted(dots.get_xdata()) for line, dots in zip(lines, drawn, strict=True)}
+
+
+def test_dots_stand_on_their_own_line_and_on_that_of_all_rows_together():
+    found = _dots(STUDY)
+    a, b = found["a"], found["b"]
+    assert len(a) == len(b) == 2 and a != b
+    pooled = dataclasses.replace(STUDY, pooled="each left out once", reference="")
+    assert _dots(pooled) == {"a": a, "b": b, "all": sorted(a + b)}
+    rows = (dataclasses.replace(STUDY.rows[0], name="all"), STUDY.rows[1])
+    with pytest.raises(ValueError, match="'all' is the line of all rows together"):
+        dataclasses.replace(STUDY, rows=rows, pooled="each left out once", reference="")
 
 
 def test_differences_are_paired_over_the_same_draws():
