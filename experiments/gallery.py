@@ -286,8 +286,8 @@ def _page(results: dict[str, Any], made: Sequence[tuple[str, str]]) -> str:
     from stf_jax.run import deciding
 
     environment = results["environment"]
-    told = deciding(results["changes"])  # where things lay on a machine is nobody's business
-    changes = "".join(f" --config.{key}={value}" for key, value in told.items())
+    settings = deciding(results["changes"])  # where things lay on a machine is nobody's business
+    changes = "".join(f" --config.{key}={value}" for key, value in settings.items())
     low, high = results["interval95"]
     lines = [
         "# Gallery",
