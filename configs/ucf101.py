@@ -20,6 +20,8 @@ with convolutional fusion, 2016: 91.8 %, mean of 3 splits). Not run here; see BU
 
 from ml_collections import ConfigDict
 
+from stf_jax.laptop import laptop
+
 
 def get_config(presets: str = "") -> ConfigDict:
     """Returns the card with the presets applied."""
@@ -194,7 +196,7 @@ def get_config(presets: str = "") -> ConfigDict:
 
     for preset in filter(None, presets.split(",")):
         if preset == "laptop":
-            _laptop(config)
+            laptop(config)
         elif preset == "study":
             _study(config)
         elif preset == "paper_literal":
@@ -221,43 +223,6 @@ def _paper_literal(config: ConfigDict) -> None:
     config.model.lstm.ln = "ifo"  # "each input sigmoid function" (SPEC 7.5)
     config.data.protocol = "paper_resplit"  # "randomly divided ... 7 : 3" in each epoch
     config.model.fusion.init = "he"  # no start from another network's habit is mentioned
-
-
-def _laptop(config: ConfigDict) -> None:
-    """The same layers, small enough for two cores, and what it takes to train them from scratch.
-
-    Deviations from the paper, because VGG's ImageNet weights do not fit one eighth of its width:
-    group normalisation after each convolution, windows of random size, flips, less dropout, smaller
-    batches, larger rates with warm-up and cosine, weight decay. Because few videos share their
-    backgrounds with few others: colour without the clip's mean frame, and more than half of the
-    training clips fused without colour. Because two cores are slow: Muon, and the first stage on
-    clips of 4 frames, six times as many. experiments/studies.py:recipe says what each is worth.
-
-    No videos are held out for the stop rule, which a few dozen would mislead: training ends with
-    its last epoch. Say --config.data.validation_fraction=0.33 when choosing settings.
-    """
-    config.pretrained = "none"
-    config.data.validation_fraction = 0.0
-    config.checkpoint_every_steps = 32
-    config.records.update(size=80, flow_size=160, flow_algorithm="dis", flow_bound=8.0)
-    config.inputs.update(
-        crop_size=64, rgb_preprocess="minus1_1", rgb_mean="clip", flow_scale=1 / 32
-    )
-    config.augment.update(crop="resized", area=(0.5, 1.0), aspect=(0.85, 1.18), flip=True)
-    config.model.update(width=8, norm="group")
-    config.model.mst.width = 64
-    config.model.conv3d.width = 64
-    config.model.fusion.update(width=64, drop_rgb=0.6)
-    config.model.drop.input = 0.25
-    config.model.c3d.update(width=16, dense=128)
-    config.model.cnn_lstm.update(width=12, hidden=64)
-    config.batch_size = 4
-    config.optimizer.update(name="muon", weight_decay=0.05)
-    first = {"max_epochs": 30, "patience": 30, "warmup_epochs": 0.5, "divide_clips": 6}
-    config.stages.first.update(learning_rate=4e-3, schedule="cosine", **first)
-    second = {"max_epochs": 4, "patience": 4, "warmup_epochs": 0.25}
-    config.stages.second.update(learning_rate=4e-4, schedule="cosine", **second)
-    config.eval.update(num_clips=3, flip=True)
 
 
 def _study(config: ConfigDict) -> None:

@@ -17,6 +17,7 @@ from stf_jax.run import Settings, check_config_keys
 ROOT = Path(__file__).parent.parent
 # The walk: a module imports only modules that come before it.
 WALK = (
+    "laptop "
     "host native_errors progress startup archives index protocols layouts demo video flow tvl1 "
     "datasets prepare shards records augment inputs views pipeline convolution vgg streams fusion "
     "recurrent baselines model metrics scores charts optim parallel hosts checkpoint transfer run "
