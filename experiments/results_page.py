@@ -194,10 +194,11 @@ def _circumstances(runs: Sequence[Mapping[str, str]], summary: Sequence[Mapping[
         key: "; ".join(sorted({run[key] for run in runs})) for key in ("card", "commit", "machine")
     }
     seeds = ", ".join(sorted({run["seed"] for run in runs}, key=int))
+    apart = " (minutes do not compare across these)" * (len({run["machine"] for run in runs}) > 1)
     hours = sum(float(run["run_seconds"]) for run in runs) / 3600
     lines.append(
         f"- `{told['card']}`, seeds {seeds}; chance {', '.join(chance)}; commit {told['commit']}; "
-        f"{told['machine']}; {len(runs)} runs of {hours:.1f} h together."
+        f"{told['machine']}{apart}; {len(runs)} runs of {hours:.1f} h together."
     )
     fewest = min(int(line["sources"]) for line in summary)
     lines.append(

@@ -24,6 +24,7 @@ from ml_collections import ConfigDict, config_flags
 from experiments import results_page, study_results
 from experiments.studies import Row, Study
 from experiments.study_results import Key, Tables, digest
+from stf_jax import host
 from stf_jax.wording import duration
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -178,7 +179,7 @@ def shares(count: int) -> list[dict[str, Any]]:
     Raises:
       ValueError: there are fewer GPUs, or cores, than runs.
     """
-    cores = sorted(os.sched_getaffinity(0))
+    cores = host.usable_cores()
     gpus = _gpus()
     if gpus:
         if count > len(gpus):
@@ -371,8 +372,9 @@ def _start(job: Job, share: Mapping[str, Any]) -> subprocess.Popen[bytes]:
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
-    # It may have ended already, with a mistake in its flags.
-    with contextlib.suppress(ProcessLookupError):
+    # It may have ended already, with a mistake in its flags; and not every system keeps a process
+    # to some of the cores.
+    with contextlib.suppress(ProcessLookupError, AttributeError):
         os.sched_setaffinity(process.pid, share["cores"])
     return process
 

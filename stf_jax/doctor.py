@@ -202,7 +202,7 @@ def check_devices() -> Findings:
 
     kinds = [device.device_kind for device in jax.devices()]
     told = ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds))
-    told = f"{told} ({jax.default_backend()}), {os.cpu_count()} CPU cores"
+    told = f"{told} ({jax.default_backend()}), {host.cores()}"
     if not host.leaves_gpu_unused(jax.default_backend()):
         yield Finding("devices", "ok", told)
         return

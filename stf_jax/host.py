@@ -38,9 +38,23 @@ def commit() -> str:
     return (name + "-dirty" * bool(changed)) or "unknown (no git checkout)"
 
 
+def usable_cores() -> list[int]:
+    """The numbers of the cores that this process may use."""
+    # Linux only: elsewhere a process cannot be kept to some of them.
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def cores() -> str:
+    """How many cores there are, and how many of them this process may use if not all."""
+    count, usable = os.cpu_count(), len(usable_cores())
+    return f"{count} CPU cores" if usable == count else f"{usable} of {count} CPU cores"
+
+
 def machine() -> str:
-    """System, kind of processor and number of cores."""
-    return f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores"
+    """System, kind of processor and cores."""
+    return f"{platform.system()} {platform.machine()}, {cores()}"
 
 
 def huge_page_environment(environment: Mapping[str, str], setting: str) -> dict[str, str] | None:

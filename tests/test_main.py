@@ -92,6 +92,16 @@ def test_a_gpu_that_jax_does_not_use_stops_the_run(monkeypatch, tmp_path):
     main._check_devices(allow_cpu=True)
 
 
+def test_records_tell_how_many_cores_a_run_had(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    for usable, told in (({0, 1, 2, 3}, "4 CPU cores"), ({2}, "1 of 4 CPU cores")):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, usable=usable: usable)
+        assert host.machine().endswith(f", {told}")
+        assert host.usable_cores() == sorted(usable)
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
+    assert host.usable_cores() == [0, 1, 2, 3] and host.machine().endswith(", 4 CPU cores")
+
+
 def test_a_workdir_belongs_to_one_configuration(tmp_path, tiny_config):
     run = Run(tmp_path / "run")
     run.claim(tiny_config)

@@ -417,6 +417,11 @@ def test_the_page_tells_a_study_without_mixing_what_does_not_belong_together(tmp
         "So few sources make intervals too narrow.",
     ):  # fmt: skip
         assert said in page, said
+    assert "do not compare" not in page
+    other = {**tables.runs, ("a", "1"): {**tables.runs["a", "1"], "machine": "one core"}}
+    study_runs.summarise(STUDY, Tables(other, tables.videos), tmp_path, "study_toy")
+    mixed = (tmp_path / "README.md").read_text()
+    assert "one core; two cores (minutes do not compare across these); 4 runs" in mixed
     assert "selection" not in page and (tmp_path / "study_toy.png").stat().st_size > 10_000
     held = _tables(subset="validation", protocol="held-out training groups, not a test")
     study_runs.summarise(STUDY, held, tmp_path, "study_toy_selection")
