@@ -163,6 +163,19 @@ _PARTS = dataclasses.replace(_parts_here, rows=(*_parts_here.rows, *_RIVALS))
 # For GPUs. Without the rivals: at the paper's rates and without ImageNet they would learn nothing.
 _PARTS_PAPER = _parts("parts_paper", _PAPER, ucf101.get_config())
 
+_FUSION = Study(
+    name="fusion",
+    card="configs/ucf101.py:laptop",
+    question="Does fusing pay when training goes on to the end? (The network of the README's "
+    "table, and each stream alone.)",
+    reference="both",
+    rows=(
+        Row("both", "both streams, fused"),
+        Row("rgb", "colour only", {"model.streams": "rgb"}),
+        Row("flow", "flow only", {"model.streams": "flow"}),
+    ),
+)
+
 _RECIPE = Study(
     name="recipe",
     card=_REAL,
@@ -309,6 +322,7 @@ STUDIES = {
     study.name: study
     for study in (
         _PARTS,
+        _FUSION,
         _RECIPE,
         _LEAK,
         _LEAK_COLOUR,
