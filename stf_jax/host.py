@@ -4,7 +4,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 _SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -50,6 +50,41 @@ def cores() -> str:
     """How many cores there are, and how many of them this process may use if not all."""
     count, usable = os.cpu_count(), len(usable_cores())
     return f"{count} CPU cores" if usable == count else f"{usable} of {count} CPU cores"
+
+
+_DEVICES_FLAG = "--xla_force_host_platform_device_count"
+
+
+def devices_for(batch_size: int, parts: int = 1) -> int:
+    """How many devices a CPU had best be for training: at most one for each usable core.
+
+    Args:
+      batch_size: clips of a batch, which the devices share evenly.
+      parts: that each batch is worked through in (`optimizer.accumulate`).
+    """
+    most = min(len(usable_cores()), batch_size)
+    return max(n for n in range(1, most + 1) if n == 1 or batch_size % (n * parts) == 0)
+
+
+def divide_cores(
+    batch_size: int, parts: int = 1, environment: MutableMapping[str, str] = os.environ
+) -> None:
+    """Lets JAX see a CPU as several devices that share a batch; before it looks for devices.
+
+    Each then works through clips of its own on one core, which leaves less of the cores unused than
+    dividing single operations among them (experiments/bench/cores.py). GPUs are not concerned.
+
+    Args:
+      batch_size: clips of a batch.
+      parts: that each batch is worked through in.
+      environment: where XLA will read its flags; a number that is there already is left alone.
+    """
+    told = environment.get("XLA_FLAGS", "")
+    if batch_size < 1 or parts < 1:
+        return  # will be refused, by name
+    count = devices_for(batch_size, parts)
+    if count > 1 and _DEVICES_FLAG not in told:
+        environment["XLA_FLAGS"] = f"{told} {_DEVICES_FLAG}={count}".strip()
 
 
 def machine() -> str:

@@ -334,6 +334,8 @@ def main(argv: Sequence[str]) -> None:
             return
         if _COORDINATOR.value is not None or _DISTRIBUTED.value:
             native_errors.watch()
+        else:
+            host.divide_cores(_CONFIG.value.batch_size, _CONFIG.value.optimizer.accumulate)
         from stf_jax import hosts
 
         meeting = _COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _DISTRIBUTED.value

@@ -102,6 +102,36 @@ def test_records_tell_how_many_cores_a_run_had(monkeypatch):
     assert host.usable_cores() == [0, 1, 2, 3] and host.machine().endswith(", 4 CPU cores")
 
 
+@pytest.mark.parametrize(
+    ("cores", "batch_size", "parts", "wanted"),
+    [
+        (1, 4, 1, 1),
+        (2, 4, 1, 2),
+        (2, 5, 1, 1),  # 5 clips cannot be shared evenly
+        (6, 8, 1, 4),
+        (16, 4, 1, 4),  # no device without a clip
+        (4, 8, 4, 2),  # each of the 4 parts has 2 clips
+    ],
+)
+def test_a_cpu_is_as_many_devices_as_share_a_batch_evenly(
+    cores, batch_size, parts, wanted, monkeypatch
+):
+    monkeypatch.setattr(host, "usable_cores", lambda: list(range(cores)))
+    flag = f"--xla_force_host_platform_device_count={wanted}"
+    for before, after in (
+        ({}, {"XLA_FLAGS": flag} if wanted > 1 else {}),
+        (
+            {"XLA_FLAGS": "--xla_other=1"},
+            {"XLA_FLAGS": f"--xla_other=1 {flag}" if wanted > 1 else "--xla_other=1"},
+        ),
+    ):
+        host.divide_cores(batch_size, parts, before)
+        assert before == after
+    told = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    host.divide_cores(batch_size, parts, told)
+    assert told == {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+
+
 def test_a_workdir_belongs_to_one_configuration(tmp_path, tiny_config):
     run = Run(tmp_path / "run")
     run.claim(tiny_config)
