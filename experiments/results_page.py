@@ -53,7 +53,10 @@ def _study_labels(files: set[str]) -> list[str]:
 
 def _read(path: Path) -> list[dict[str, str]]:
     if not path.exists():
-        raise ValueError(f"{path} is missing: python experiments/ablate.py --summarise makes it")
+        raise ValueError(
+            f"{path} is missing: python experiments/ablate.py --study=NAME --summarise makes it "
+            "(with --select, if it is a selection)"
+        )
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
