@@ -9,8 +9,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from configs import ucf101
 
 
@@ -84,12 +82,20 @@ class Study:
 _REAL = "configs/ucf101.py:laptop,study"
 _PAPER = "configs/ucf101.py"
 
+_RGB = Row("rgb", "colour only", {"model.streams": "rgb"})
+_FLOW = Row("flow", "flow only", {"model.streams": "flow"})
 # A network of one stream has none to silence.
 _ALONE = {"eval.each_stream": False}
 
 
-def _parts(name: str, card: str, config: ConfigDict) -> Study:
-    """What each part of the network is worth, at the size of a card."""
+def _longer(epochs: int) -> dict[str, Any]:
+    """A first stage of so many epochs."""
+    return {"stages.first.max_epochs": epochs, "stages.first.patience": epochs}
+
+
+def _parts(name: str, card: str) -> Study:
+    """What each part of the network is worth, at the size of a card of UCF101."""
+    config = ucf101.get_config(card.partition(":")[2])
     stages, usual = config.stages, config.records.flow_algorithm
     epochs = stages.first.max_epochs + stages.second.max_epochs
     names = {"dis": "DIS", "tvl1": "TV-L1"}
@@ -129,11 +135,7 @@ def _parts(name: str, card: str, config: ConfigDict) -> Study:
             Row(
                 "one_stage_longer",
                 "its epochs given to the first stage",
-                {
-                    "stage_order": ("first",),
-                    "stages.first.max_epochs": epochs,
-                    "stages.first.patience": epochs,
-                },
+                {"stage_order": ("first",), **_longer(epochs)},
             ),
             Row(
                 other,
@@ -158,10 +160,10 @@ _RIVALS = tuple(
     for stream, seen in (("rgb", "colour"), ("flow", "flow"))
 )
 
-_parts_here = _parts("parts", _REAL, ucf101.get_config("laptop,study"))
+_parts_here = _parts("parts", _REAL)
 _PARTS = dataclasses.replace(_parts_here, rows=(*_parts_here.rows, *_RIVALS))
 # For GPUs. Without the rivals: at the paper's rates and without ImageNet they would learn nothing.
-_PARTS_PAPER = _parts("parts_paper", _PAPER, ucf101.get_config())
+_PARTS_PAPER = _parts("parts_paper", _PAPER)
 
 _FUSION = Study(
     name="fusion",
@@ -171,8 +173,8 @@ _FUSION = Study(
     reference="both",
     rows=(
         Row("both", "both streams, fused"),
-        Row("rgb", "colour only", {"model.streams": "rgb"}),
-        Row("flow", "flow only", {"model.streams": "flow"}),
+        _RGB,
+        _FLOW,
     ),
 )
 
@@ -186,13 +188,12 @@ _RECIPE = Study(
     common={
         "data.validation_fraction": 1 / 3,
         # With a third of the clips held out, as many steps again as in the study of parts.
-        "stages.first.max_epochs": 8,
-        "stages.first.patience": 8,
+        **_longer(8),
     },
     rows=(
         Row("all", "the recipe"),
-        Row("flow", "flow only", {"model.streams": "flow"}),
-        Row("rgb", "colour only", {"model.streams": "rgb"}),
+        _FLOW,
+        _RGB,
         Row(
             "adam",
             "Adam, at 1e-3 and 1e-4, instead of Muon",
@@ -223,7 +224,7 @@ _LEAK = Study(
     name="leak",
     card=_REAL,
     question="How many points is the paper's protocol worth, which tests on what it trained on?",
-    # It has as many training clips as the leaky ones, and its test is as large.
+    # It has about as many clips for training and for the test as the leaky ones.
     reference="groups",
     # All splits but the official one are drawn anew for each seed.
     seed_keys=("seed", "data.seed"),
@@ -250,8 +251,7 @@ _LEAK_COLOUR = dataclasses.replace(
     common={
         "model.streams": "rgb",
         "inputs.rgb_mean": "none",
-        "stages.first.max_epochs": 8,
-        "stages.first.patience": 8,
+        **_longer(8),
     },
 )
 _LEAK_PAPER = dataclasses.replace(_LEAK, name="leak_paper", card=_PAPER)
@@ -273,8 +273,8 @@ _DEMO_PARTS = Study(
     reference="both",
     rows=(
         Row("both", "all parts"),
-        Row("rgb", "colour only", {"model.streams": "rgb"}),
-        Row("flow", "flow only", {"model.streams": "flow"}),
+        _RGB,
+        _FLOW,
         Row(
             "no_lstm",
             "no LSTM; 3-D kernels and pyramid still see order",

@@ -79,9 +79,9 @@ def divide_cores(
       parts: that each batch is worked through in.
       environment: where XLA will read its flags; a number that is there already is left alone.
     """
-    told = environment.get("XLA_FLAGS", "")
     if batch_size < 1 or parts < 1:
         return  # will be refused, by name
+    told = environment.get("XLA_FLAGS", "")
     count = devices_for(batch_size, parts)
     if count > 1 and _DEVICES_FLAG not in told:
         environment["XLA_FLAGS"] = f"{told} {_DEVICES_FLAG}={count}".strip()

@@ -32,17 +32,14 @@ from stf_jax import host  # noqa: E402
 _ROUNDS = flags.DEFINE_integer("rounds", 9, "Times that each case is timed.")
 _OUT = flags.DEFINE_string("out", "experiments/results/bench_cores.csv", "The table.")
 
-_FLAG = "--xla_force_host_platform_device_count"
-
 
 def time_card(card: str, rounds: int) -> dict[str, Any]:
     """Times a step of a card both ways."""
     config = settings_of(card, "step").config
-    devices = host.devices_for(config.batch_size, config.optimizer.accumulate)
-    sides = {
-        "one": our_side(card, "step", {"XLA_FLAGS": f"{_FLAG}=1"}),
-        "divided": our_side(card, "step", {"XLA_FLAGS": f"{_FLAG}={devices}"}),
-    }
+    share = config.batch_size, config.optimizer.accumulate
+    one, divided = {"XLA_FLAGS": ""}, {"XLA_FLAGS": ""}
+    host.divide_cores(*share, divided)
+    sides = {"one": our_side(card, "step", one), "divided": our_side(card, "step", divided)}
     found = time_in_turn(sides, rounds)
     row: dict[str, Any] = {"case": f"{card}: step of {config.batch_size} clips"}
     for name, timed in found.items():
@@ -52,7 +49,7 @@ def time_card(card: str, rounds: int) -> dict[str, Any]:
             f"{name}_peak_mb": round(timed.peak_mb),
         }
     ratio = found["divided"].median / found["one"].median
-    return {**row, "ratio": round(ratio, 3), "devices": devices, "rounds": rounds}
+    return {**row, "ratio": round(ratio, 3), "devices": host.devices_for(*share), "rounds": rounds}
 
 
 def main(argv: Sequence[str]) -> None:
