@@ -178,6 +178,13 @@ _FUSION = Study(
     ),
 )
 
+_OTHER_LIGHT = {
+    "augment.brightness": 0.2,
+    "augment.contrast": 0.4,
+    "augment.saturation": 0.8,
+    "augment.hue": 0.1,
+}
+
 _RECIPE = Study(
     name="recipe",
     card=_REAL,
@@ -211,6 +218,12 @@ _RECIPE = Study(
             "plain_fusion",
             "both: colour as it is, always",
             {"inputs.rgb_mean": "none", "model.fusion.drop_rgb": 0.0},
+        ),
+        Row("other_light", "training clips in other light and colours", _OTHER_LIGHT),
+        Row(
+            "rgb_other_light",
+            "colour only, in other light and colours",
+            {"model.streams": "rgb", **_OTHER_LIGHT},
         ),
         Row("windows_of_one_size", "random windows of one size", {"augment.crop": "random"}),
         Row("inflated", "3-D layers start as 2-D ones", {"model.temporal.init": "inflate"}),
@@ -310,6 +323,8 @@ _WEIZMANN = Study(
     common={
         "data.protocol": "leave_one_group_out",
         "data.group_regex": "^([^_]+)_",  # daria_bend.avi
+        # By then 95 % of the training clips are known, and nine networks have to be trained.
+        **_longer(12),
     },
     rows=tuple(
         Row(f"person{fold}", f"person {fold} left out", {"data.fold": fold})
