@@ -80,7 +80,8 @@ def _study(folder: Path, label: str) -> str:
         summary = _read(folder / f"{label}_summary.csv")
         parts += [_summary_table(study, summary), *_few_seeds(study, summary)]
         parts.append(f"![{name}]({label}.png)")
-        parts.append(_circumstances(fresh, summary))
+        answers = _read(folder / f"{label}_videos.csv")
+        parts.append(_circumstances(fresh, summary) + _either_stream(fresh, answers))
     if len(fresh) < len(runs):
         stale = [f"`{run['row']}` seed {run['seed']}" for run in runs if run["stale"]]
         parts.append(
@@ -210,6 +211,32 @@ def _circumstances(runs: Sequence[Mapping[str, str]], summary: Sequence[Mapping[
         + (" So few sources make intervals too narrow." if fewest < _FEW_SOURCES else "")
     )
     return "\n".join(lines)
+
+
+def _either_stream(runs: Sequence[Mapping[str, str]], answers: Sequence[Mapping[str, str]]) -> str:
+    """How far fusing could go, if it always followed the stream that is right.
+
+    Args:
+      runs: of a study, those that count.
+      answers: of its runs; nothing is said unless rows of single streams share seeds and videos.
+    """
+    counted = {(run["row"], run["seed"]) for run in runs}
+    right: dict[str, dict[tuple[str, str], bool]] = {"rgb": {}, "flow": {}}
+    for answer in answers:
+        row, seed = answer["row"], answer["seed"]
+        if row in right and (row, seed) in counted:
+            right[row][seed, answer["video_id"]] = answer["label"] == answer["predicted"]
+    shared = right["rgb"].keys() & right["flow"].keys()
+    if not shared:
+        return ""
+    rgb, flow = ([right[name][key] for key in shared] for name in ("rgb", "flow"))
+    either = sum(map(max, rgb, flow))
+    gain = 100 * (either - max(sum(rgb), sum(flow))) / len(shared)
+    return (
+        f"\n- Of {len(shared)} answers, `flow` has {sum(flow)} right, `rgb` {sum(rgb)}, at least "
+        f"one of the two {either}: always following the stream that is right would be worth "
+        f"{gain:+.1f} points over the better one."
+    )
 
 
 # --- other files -----------------------------------------------------------------------------

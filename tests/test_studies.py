@@ -428,3 +428,23 @@ def test_the_page_tells_a_study_without_mixing_what_does_not_belong_together(tmp
     page = (tmp_path / "README.md").read_text()
     assert "### toy (selection on held-out training groups, no test)" in page
     assert "held-out training videos, no test each" in page and "--study=toy --select" in page
+
+
+def test_the_page_tells_how_far_choosing_between_the_streams_could_go(tmp_path, monkeypatch):
+    study = dataclasses.replace(STUDY, rows=(Row("rgb", ""), Row("flow", "")), reference="")
+    monkeypatch.setitem(STUDIES, "toy", study)
+    tables = Tables({}, {})
+    for row, seed, taken in (("rgb", 0, "xyyx"), ("flow", 0, "xxyx"), ("rgb", 1, "xxxx")):
+        tables = tables.merged(*_run(row, seed, taken))
+    study_runs.summarise(study, tables, tmp_path, "study_toy")
+    said = "Of 4 answers, `flow` has 3 right, `rgb` 2, at least one of the two 3: "
+    page = (tmp_path / "README.md").read_text()
+    assert said in page and "would be worth +0.0 points" in page  # seed 1 has no flow
+    tables = tables.merged(*_run("flow", 1, "xyyy"))
+    study_runs.summarise(study, tables, tmp_path, "study_toy")
+    page = (tmp_path / "README.md").read_text()
+    assert "Of 8 answers, `flow` has 4 right, `rgb` 6, at least one of the two 7: " in page
+    assert "would be worth +12.5 points over the better one." in page
+    stale = tables.marked({k: r["settings"] for k, r in tables.runs.items() if k[0] == "rgb"})
+    study_runs.summarise(study, stale, tmp_path, "study_toy")
+    assert "at least one of the two" not in (tmp_path / "README.md").read_text()
