@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from experiments.studies import Row, Study
-from stf_jax.metrics import bootstrap, bootstrap_difference
+from stf_jax.metrics import bootstrap, bootstrap_difference, wilson
 from stf_jax.prepare import write_aside
 
 RUN_COLUMNS = (
@@ -252,8 +252,9 @@ def summarise(study: Study, tables: Tables) -> list[dict[str, Any]]:
 
     'mean' is the mean over the seeds of the top-1 accuracy; 'sd' (of a sample), 'min' and 'max' are
     over seeds; the 95 % interval is over videos, from drawing their sources anew, with the seeds
-    that there are. 'difference' is that of the means over the seeds that row and reference share
-    ('compared'), its interval over the same draws of sources.
+    that there are; or Wilson's over sources, if all answers are right or all are wrong.
+    'difference' is that of the means over the seeds that row and reference share ('compared'), its
+    interval over the same draws of sources.
 
     Args:
       study: the study.
@@ -306,10 +307,14 @@ def _right(videos: Sequence[Mapping[str, str]]) -> np.ndarray:
 
 
 def _interval(videos: Sequence[Mapping[str, str]]) -> tuple[float | None, float | None]:
-    sources = np.unique([video["source"] for video in videos], return_inverse=True)[1]
+    names, sources = np.unique([video["source"] for video in videos], return_inverse=True)
+    right = _right(videos)
     # All classes as one: only the accuracy over all videos is wanted.
-    labels = np.zeros(len(videos), int)
-    return bootstrap(_right(videos), labels, sources, 1, seed=_DRAW_SEED).top1 or (None, None)
+    drawn = bootstrap(right, np.zeros(len(videos), int), sources, 1, seed=_DRAW_SEED).top1
+    if drawn and right.min() == right.max():
+        # Every draw is alike. So little is known of new sources that each counts as one trial.
+        return wilson(len(names) * int(right[0]), len(names))
+    return drawn or (None, None)
 
 
 def _recall(videos: Sequence[Mapping[str, str]], classes: Sequence[str]) -> float | None:

@@ -244,6 +244,9 @@ def test_only_seeds_that_both_have_are_compared():
     some = Tables({k: tables.runs[k] for k in keys}, {k: tables.videos[k] for k in keys})
     second = study_results.summarise(STUDY, some)[1]
     assert second["difference"] == 0.5 - 1.0 and second["compared"].startswith("seeds 0,")
+    # All of 'a' are right, whatever is drawn: two of two sources.
+    first = study_results.summarise(STUDY, some)[0]
+    assert (first["low95"], first["high95"]) == pytest.approx((0.342, 1.0), abs=5e-4)
     pooled = dataclasses.replace(STUDY, pooled="each left out once", reference="")
     *_, last = study_results.summarise(pooled, some)
     assert last["row"] == "all" and last["mean"] == pytest.approx((4 + 2 + 1) / 12)
@@ -440,6 +443,7 @@ def test_the_page_tells_how_far_choosing_between_the_streams_could_go(tmp_path, 
     said = "Of 4 answers, `flow` has 3 right, `rgb` 2, at least one of the two 3: "
     page = (tmp_path / "README.md").read_text()
     assert said in page and "would be worth +0.0 points" in page  # seed 1 has no flow
+    assert "every draw is alike" not in page
     tables = tables.merged(*_run("flow", 1, "xyyy"))
     study_runs.summarise(study, tables, tmp_path, "study_toy")
     page = (tmp_path / "README.md").read_text()
@@ -448,3 +452,7 @@ def test_the_page_tells_how_far_choosing_between_the_streams_could_go(tmp_path, 
     stale = tables.marked({k: r["settings"] for k, r in tables.runs.items() if k[0] == "rgb"})
     study_runs.summarise(study, stale, tmp_path, "study_toy")
     assert "at least one of the two" not in (tmp_path / "README.md").read_text()
+    study_runs.summarise(
+        study, Tables({}, {}).merged(*_run("rgb", 0, "xxxx")), tmp_path, "study_toy"
+    )
+    assert "every draw is alike" in (tmp_path / "README.md").read_text()
