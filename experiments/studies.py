@@ -284,8 +284,6 @@ _DEMO_PARTS = Study(
     question="Do the classes that need one cue fail when, and only when, the part that carries it "
     "is taken away? (Generated videos: see stf_jax/demo.py.)",
     reference="both",
-    # With the card's 12 colour alone has not learnt its own training clips.
-    common=_longer(20),
     rows=(
         Row("both", "all parts"),
         _RGB,
