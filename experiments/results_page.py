@@ -209,8 +209,9 @@ def _circumstances(runs: Sequence[Mapping[str, str]], summary: Sequence[Mapping[
         f"- Intervals come from drawing the sources of the videos ({fewest} or more of them) anew, "
         "with the seeds that there are; that of a difference is over the same draws for both."
         + (" So few sources make intervals too narrow." if fewest < _FEW_SOURCES else "")
-        + " Where all answers are right every draw is alike: there it is Wilson's, as if each "
-        "source were one video." * any(float(line["mean"]) == 1 for line in summary)
+        + " Where all answers are right, or all are wrong, every draw is alike: there it is "
+        "Wilson's, as if each source were one video."
+        * any(float(line["mean"]) in (0, 1) for line in summary)
     )
     return "\n".join(lines)
 
