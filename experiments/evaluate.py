@@ -97,12 +97,13 @@ def main(argv: Sequence[str]) -> None:
     changes = {key: flag.value for key, flag in _CHANGES.items() if flag.value is not None}
     try:
         run = Run(Path(_WORKDIR.value))
-        config = run.settings().config
+        settings = run.settings()
+        config = settings.config
         # As in training: on other devices last digits are others.
         host.divide_cores(config.batch_size, config.optimizer.accumulate)
         facts, scores = score_again(
             run,
-            subset=_SUBSET.value or run.settings().eval.subset,
+            subset=_SUBSET.value or settings.eval.subset,
             changes=changes,
             allow=_ALLOW.value,
             views=_views(),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.studies import STUDIES, Study
+from experiments.study_results import Tables
 
 _EXPERIMENTS = Path(__file__).resolve().parent
 RESULTS = _EXPERIMENTS / "results"
@@ -72,16 +73,15 @@ def _study(folder: Path, label: str) -> str:
     """The section of one study."""
     name = label.removeprefix("study_").removesuffix("_selection")
     study, selection = STUDIES[name], label.endswith("_selection")
-    runs = _read(folder / f"{label}.csv")
-    fresh = [run for run in runs if not run["stale"]]
+    tables = Tables.read(folder, label)
+    runs, fresh = list(tables.runs.values()), list(tables.fresh().runs.values())
     told = " (selection on held-out training groups, no test)" if selection else ""
     parts = [f"### {name}{told}", study.question]
     if fresh:
         summary = _read(folder / f"{label}_summary.csv")
         parts += [_summary_table(study, summary), *_few_seeds(study, summary)]
         parts.append(f"![{name}]({label}.png)")
-        answers = _read(folder / f"{label}_videos.csv")
-        parts.append(_circumstances(fresh, summary) + _either_stream(fresh, answers))
+        parts.append(_circumstances(fresh, summary) + _either_stream(tables.fresh()))
     if len(fresh) < len(runs):
         stale = [f"`{run['row']}` seed {run['seed']}" for run in runs if run["stale"]]
         parts.append(
@@ -216,19 +216,17 @@ def _circumstances(runs: Sequence[Mapping[str, str]], summary: Sequence[Mapping[
     return "\n".join(lines)
 
 
-def _either_stream(runs: Sequence[Mapping[str, str]], answers: Sequence[Mapping[str, str]]) -> str:
+def _either_stream(tables: Tables) -> str:
     """How far fusing could go, if it always followed the stream that is right.
 
     Args:
-      runs: of a study, those that count.
-      answers: of its runs; nothing is said unless rows of single streams share seeds and videos.
+      tables: runs that are not stale; nothing is said unless rows of single streams share seeds and
+        videos.
     """
-    counted = {(run["row"], run["seed"]) for run in runs}
     right: dict[str, dict[tuple[str, str], bool]] = {"rgb": {}, "flow": {}}
-    for answer in answers:
-        row, seed = answer["row"], answer["seed"]
-        if row in right and (row, seed) in counted:
-            right[row][seed, answer["video_id"]] = answer["label"] == answer["predicted"]
+    for (row, seed), videos in tables.videos.items():
+        if row in right:
+            right[row] |= {(seed, v["video_id"]): v["label"] == v["predicted"] for v in videos}
     shared = right["rgb"].keys() & right["flow"].keys()
     if not shared:
         return ""
