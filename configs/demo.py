@@ -178,7 +178,7 @@ def get_config() -> ConfigDict:
         "flip": False,  # mirror images too; wrong where left and right are different classes
         "repeats": 1,  # more: so many clips instead, drawn as in training (SPEC 1.11)
         "min_per_class": 0,  # or as many as it takes; the paper's Table 3: 1000
-        "each_stream": False,  # also with either stream silenced
+        "each_stream": False,  # also without either stream
         "calibration_bins": 15,
     }
 

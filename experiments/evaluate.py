@@ -44,7 +44,7 @@ _MIN_PER_CLASS = flags.DEFINE_integer(
 )
 _SEED = flags.DEFINE_integer("seed", None, "Of what is drawn; the run's by default.")
 _STREAMS = flags.DEFINE_bool(
-    "streams", None, "Also score a network of both streams with either of them silenced."
+    "streams", None, "Also score a network of both streams without the map of each."
 )
 _SCORES = flags.DEFINE_string("scores", None, "Where to write the per-video scores (CSV).")
 _OUT = flags.DEFINE_string("out", None, "Folder for scores and figures as CSV, JSON and pictures.")

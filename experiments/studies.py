@@ -84,7 +84,7 @@ _PAPER = "configs/ucf101.py"
 
 _RGB = Row("rgb", "colour only", {"model.streams": "rgb"})
 _FLOW = Row("flow", "flow only", {"model.streams": "flow"})
-# A network of one stream has none to silence.
+# A network of one stream has none to do without.
 _ALONE = {"eval.each_stream": False}
 
 

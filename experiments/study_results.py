@@ -221,7 +221,7 @@ def collect(workdir: Path, study: Study, row: Row, seed: int, overrides: Mapping
 
 
 def _single_streams(streams: Mapping[str, Any]) -> dict[str, float | None]:
-    """Top-1 of colour alone and flow alone: networks of their own, or one stream silenced."""
+    """Top-1 of colour alone and flow alone: networks of their own, or the whole without one map."""
     found = {}
     for name, other in (("rgb", "flow"), ("flow", "rgb")):
         parts = [streams[key]["top1"] for key in (name, f"without_{other}") if key in streams]

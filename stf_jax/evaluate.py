@@ -24,9 +24,8 @@ from stf_jax.inputs import (
     compute_flow,
     flow_to_pixels,
     network_input,
-    silenced,
 )
-from stf_jax.model import ActionNetwork, LateFusion, Network, fold_pyramid
+from stf_jax.model import STREAMS, ActionNetwork, LateFusion, Network, fold_pyramid
 from stf_jax.parallel import COMPILER_OPTIONS, divide, divided_ahead, gather, part_of_batch, place
 from stf_jax.pipeline import batches, planned_batches, steps_per_epoch
 from stf_jax.prepare import RecordSettings
@@ -57,9 +56,7 @@ def _apply(
     model: Network,
     inputs: InputSettings,
     mirrored: bool,
-    silent: str,
 ) -> Any:
-    batch = silenced(batch, silent) if silent else batch
     rgb, flow = network_input(batch, inputs, None, window, mirrored=mirrored)
     return model.apply({"params": params}, rgb, flow, train=False)
 
@@ -69,9 +66,7 @@ def _softmax(logits: Array) -> Array:
 
 
 @functools.partial(
-    jax.jit,
-    static_argnames=("model", "inputs", "mirrored", "silent"),
-    compiler_options=COMPILER_OPTIONS,
+    jax.jit, static_argnames=("model", "inputs", "mirrored"), compiler_options=COMPILER_OPTIONS
 )
 def score_batch(
     params: Params,
@@ -81,7 +76,6 @@ def score_batch(
     model: Network,
     inputs: InputSettings,
     mirrored: bool = False,
-    silent: str = "",
 ) -> Float[Array, "b k"]:
     """Class probabilities of each clip of a batch.
 
@@ -92,9 +86,8 @@ def score_batch(
       model: the network.
       inputs: how clips become network input.
       mirrored: whether they are mirrored.
-      silent: 'rgb' or 'flow' shows nothing to that stream; see `silenced`.
     """
-    return _softmax(_apply(params, batch, window, model, inputs, mirrored, silent)[0])
+    return _softmax(_apply(params, batch, window, model, inputs, mirrored)[0])
 
 
 @functools.partial(
@@ -105,13 +98,23 @@ def score_streams(
     batch: Batch,
     window: Int[Array, "b 2"] | None = None,
     *,
-    model: LateFusion,
+    model: LateFusion | ActionNetwork,
     inputs: InputSettings,
     mirrored: bool = False,
 ) -> dict[str, Float[Array, "b k"]]:
-    """As `score_batch`, and the probabilities of both networks before they are averaged."""
-    logits, features = _apply(params, batch, window, model, inputs, mirrored, "")
-    each = {"rgb": features["rgb_logits"], "flow": features["flow_logits"]}
+    """As `score_batch`, and what single streams say.
+
+    Of late fusion the probabilities of both networks, 'rgb' and 'flow'; of a network that fuses
+    maps 'without_flow' and 'without_rgb' (`ActionNetwork.without`).
+    """
+    logits, features = _apply(params, batch, window, model, inputs, mirrored)
+    if isinstance(model, LateFusion):
+        each = {name: features[f"{name}_logits"] for name in STREAMS}
+    else:
+        each = {
+            f"without_{name}": model.apply({"params": params}, features, name, method="without")
+            for name in reversed(STREAMS)
+        }
     return {name: _softmax(scores) for name, scores in {_WHOLE: logits, **each}.items()}
 
 
@@ -125,7 +128,7 @@ class Scorer:
       inputs: how clips become network input.
       stored: how the records hold them.
       mesh: the devices that batches are divided among.
-      each_stream: whether a network of both streams is also scored with either silenced.
+      each_stream: whether a network of both streams is also scored without either.
     """
 
     model: Network
@@ -160,14 +163,10 @@ class Scorer:
         return scores
 
     def _streams(self, batch: Batch, told: dict[str, Any]) -> dict[str, Array]:
-        if isinstance(self.model, LateFusion):
-            return score_streams(self.params, batch, **told)
-        scores = {_WHOLE: score_batch(self.params, batch, **told)}
         two_streams = isinstance(self.model, ActionNetwork) and self.model.sees_both
-        if self.each_stream and two_streams:
-            for name in ("flow", "rgb"):
-                scores[f"without_{name}"] = score_batch(self.params, batch, silent=name, **told)
-        return scores
+        if isinstance(self.model, LateFusion) or (self.each_stream and two_streams):
+            return score_streams(self.params, batch, **told)
+        return {_WHOLE: score_batch(self.params, batch, **told)}
 
 
 def evaluate(
@@ -425,9 +424,9 @@ def _viewed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
     """
     streams = settings.config.model.streams
     asked = "each_stream" in changes and changes["each_stream"]
-    if asked and streams in ("rgb", "flow"):
+    if asked and streams in STREAMS:
         raise ValueError(
-            "eval.each_stream (evaluate.py --streams) silences one of two streams, but with "
+            "eval.each_stream (evaluate.py --streams) leaves out one of two streams, but with "
             f"model.streams={streams!r} the network has one: its scores are that stream's already. "
             "Leave it out, or train with model.streams='both' or 'late'"
         )

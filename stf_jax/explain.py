@@ -15,14 +15,11 @@ from stf_jax.baselines import C3D, CNNLSTM
 from stf_jax.charts import picture
 from stf_jax.checkpoint import Params
 from stf_jax.flow import flow_to_colour
-from stf_jax.fusion import segment_vectors
 from stf_jax.index import some
 from stf_jax.inputs import Batch, InputSettings, compute_flow, flow_to_pixels, network_input
-from stf_jax.model import ActionNetwork, LateFusion, Network
+from stf_jax.model import STREAMS, ActionNetwork, LateFusion, Network
 from stf_jax.predict import Predictor, Trained
 from stf_jax.prepare import RecordSettings
-
-STREAMS = ("rgb", "flow")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,26 +120,28 @@ def _explained(
     flow: Float[Array, "1 t h w c"],
     label: Int[Array, ""],
 ) -> dict[str, Array | dict[str, Array]]:
-    _, features = network.apply({"params": params}, rgb, flow, train=False)
+    weights = {"params": params}
+    _, features = network.apply(weights, rgb, flow, train=False)
     maps = {name: features[f"{name}_map"] for name in STREAMS if f"{name}_map" in features}
 
+    def classified(pyramid: Array) -> Any:
+        return network.apply(weights, pyramid, method="classify")
+
     def score(maps: dict[str, Array]) -> Array:
-        return _classified(network, params, _pyramid(network, params, maps))[0][0, label]
+        return classified(network.apply(weights, maps, method="pyramid_of"))[0][0, label]
 
     whole, slopes = jax.value_and_grad(score)(maps)
     heat = {name: _heat(maps[name], slopes[name], rgb.shape[2]) for name in maps}
     silenced = {name: {**maps, name: jnp.zeros_like(maps[name])} for name in maps}
     pyramid = features["pyramid"]
-    logits, steps = _classified(network, params, pyramid)
+    logits, steps = classified(pyramid)
     level_of = np.repeat(np.arange(len(network.tpn.levels)), network.tpn.levels)
     vectors = rearrange(pyramid, "1 s (n d) -> s n d", n=len(level_of))
 
     def without(parts: Array) -> Array:
         """What the logit loses without the marked parts, bool `s n`."""
         left = jnp.where(parts[:, level_of, None], jnp.zeros_like(vectors), vectors)
-        return (
-            whole - _classified(network, params, rearrange(left, "s n d -> 1 s (n d)"))[0][0, label]
-        )
+        return whole - classified(rearrange(left, "s n d -> 1 s (n d)"))[0][0, label]
 
     shape = len(vectors), len(network.tpn.levels)
     single = jnp.eye(shape[0] * shape[1], dtype=bool).reshape(-1, *shape)
@@ -155,21 +154,6 @@ def _explained(
         "part_gain": jax.lax.map(without, single).reshape(shape),
         "level_gain": jax.lax.map(without, one_level),
     }
-
-
-def _pyramid(network: ActionNetwork, params: Params, maps: dict[str, Array]) -> Array:
-    # JAX hands dicts on in the order of their keys.
-    ordered = [maps[name] for name in STREAMS if name in maps]
-    fused: Any = network.fusion.apply({"params": params["fusion"]}, *ordered)
-    return segment_vectors(fused, network.tpn)
-
-
-def _classified(network: ActionNetwork, params: Params, pyramid: Array) -> tuple[Array, Array]:
-    # Without recurrence (`lstm.cell` 'mean') there are no weights of that name.
-    weights = params["recurrent"] if "recurrent" in params else {}
-    states: Any = network.recurrent.apply({"params": weights}, pyramid)
-    classified: Any = network.head.apply({"params": params["head"]}, states)
-    return classified
 
 
 def _heat(features: Array, slope: Array, size: int) -> Float[Array, "t size size"]:

@@ -227,21 +227,6 @@ def _crop_at(clip: Array, window: Array, size: int) -> Array:
     return jax.lax.dynamic_slice(clip, (0, top, left, 0), (len(clip), size, size, clip.shape[-1]))
 
 
-def silenced(batch: Batch, stream: str) -> Batch:
-    """The batch with nothing to see for one stream: one even colour, or no motion.
-
-    The colour is the mean of ImageNet, which 'caffe' takes for zero.
-
-    Args:
-      batch: clips, their flow computed.
-      stream: 'rgb' or 'flow'.
-    """
-    if stream == "flow":
-        return batch._replace(flow=jnp.full_like(batch.flow, ZERO_FLOW))
-    colour = jnp.round(jnp.array(CAFFE_MEANS_BGR[::-1])).astype(jnp.uint8)
-    return batch._replace(rgb=jnp.broadcast_to(colour.reshape(1, 1, 1, 1, 3), batch.rgb.shape))
-
-
 def _normalise_rgb(rgb: Array, settings: InputSettings) -> Array:
     rgb = rgb.astype(jnp.float32)
     if settings.rgb_preprocess == "caffe":

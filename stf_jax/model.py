@@ -36,6 +36,9 @@ from stf_jax.vgg import (
     is_count,
 )
 
+# The streams, in the order in which the fusion takes their maps.
+STREAMS = ("rgb", "flow")
+
 # The `model` part of a configuration, at the paper's size (SPEC section 15).
 PAPER_MODEL: Mapping[str, Any] = {
     "architecture": "stf",
@@ -332,6 +335,33 @@ class ActionNetwork(nn.Module):
         features["logits"], features["step_logits"] = self.head(x)
         return features["logits"], features
 
+    def pyramid_of(self, maps: Mapping[str, Float[Array, "b t h w _c"]]) -> Float[Array, "b s d"]:
+        """The pyramid vectors of maps, 'rgb' and 'flow' or one of them; without dropout."""
+        # JAX hands dicts on in the order of their keys.
+        ordered = [maps[name] for name in STREAMS if name in maps]
+        return segment_vectors(self.fusion(*ordered), self.tpn)
+
+    def classify(
+        self, pyramid: Float[Array, "b s d"]
+    ) -> tuple[Float[Array, "b k"], Float[Array, "b s k"]]:
+        """Logits of pyramid vectors, and every step's; without dropout."""
+        return self.head(self.recurrent(pyramid))
+
+    def without(self, features: Mapping[str, Array], stream: str) -> Float[Array, "b k"]:
+        """Logits of clips that are fused without one of the streams.
+
+        Its map is zeros, as in the training clips that `fusion.drop_rgb` takes colour from, and as
+        where a stream's last ReLU lets nothing through. An even picture would not be nothing: with
+        group normalisation its borders make a map as large as any.
+
+        Args:
+          features: what a call returned for the clips.
+          stream: 'rgb' or 'flow'.
+        """
+        maps = {name: features[f"{name}_map"] for name in STREAMS}
+        maps[stream] = jnp.zeros_like(maps[stream])
+        return self.classify(self.pyramid_of(maps))[0]
+
 
 class LateFusion(nn.Module):
     """Two networks, one per stream, whose class probabilities are averaged.
@@ -477,7 +507,7 @@ def _baseline(
     """One of the networks that ours is compared with."""
     stream, name = config["streams"], config["architecture"]
     one = f"'rgb' (as published) or 'flow' with model.architecture {name!r}, which sees one stream"
-    check_setting(stream in ("rgb", "flow"), "streams", stream, one)
+    check_setting(stream in STREAMS, "streams", stream, one)
     how = remat.spatial if stream == "rgb" else remat.temporal
     norm_groups, dtype = _norm_groups(config), _dtype(config)
     rates = drop.rate(drop.input), drop.rate(drop.output)

@@ -26,8 +26,8 @@ from stf_jax.metrics import (
 STREAMS = {
     "rgb": "the network of the spatial stream, one of the two that are fused",
     "flow": "the network of the temporal stream, one of the two that are fused",
-    "without_flow": "ablation: the network of both streams, shown no motion",
-    "without_rgb": "ablation: the network of both streams, shown one even colour",
+    "without_flow": "ablation: the network of both streams, fused without the map of flow",
+    "without_rgb": "ablation: the network of both streams, fused without the map of colour",
 }
 
 _COLUMNS = ("video_id", "label", "prediction", "correct")

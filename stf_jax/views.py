@@ -27,7 +27,7 @@ class EvalSettings:
       repeats: more than 1: so many clips per video instead, drawn as in training (SPEC 1.11).
       min_per_class: more than 0: instead, as many drawn clips of each video as it takes to
         classify at least so many clips of every class (SPEC 10.8; the paper's Table 3: 1000).
-      each_stream: also score a network of both streams with one of them silenced, an ablation.
+      each_stream: also score a network of both streams without the map of each, an ablation.
       calibration_bins: bins of equal width for the calibration error.
 
     Raises:

@@ -267,7 +267,7 @@ def test_each_learns_through_the_training_step_of_ours(tiny_config, tiny_records
 @pytest.mark.slow
 def test_a_whole_run_ends_in_a_report_and_predicts(tiny_config, tiny_videos, tmp_path):
     tiny_config.model.update(architecture="c3d", streams="flow")
-    tiny_config.eval.each_stream = True  # a network of one stream has none to silence
+    tiny_config.eval.each_stream = True  # a network of one stream has none to do without
     tiny_config.stages.first.max_epochs = 1
     results = run_experiment(tiny_config, tmp_path, "tiny", {})
     assert results["num_videos"] and (tmp_path / "report" / "index.html").stat().st_size

@@ -211,7 +211,7 @@ def test_each_class_is_classified_as_often_as_asked(parts):
 
 def test_streams_of_two_networks_are_scored_apart(parts):
     settings, index, records, params = parts
-    # One network of both streams: silencing one of them is what the network is shown.
+    # One network of both streams: what the fusion does not weigh might as well be zeros.
     views = dataclasses.replace(settings.eval, each_stream=True)
     scores = evaluate_subset(settings, params, index, records, "test", views=views)
     assert set(scores.streams) == {"without_flow", "without_rgb"}
@@ -219,10 +219,13 @@ def test_streams_of_two_networks_are_scored_apart(parts):
     assert all(told["what"].startswith("ablation") for told in facts["streams"].values())
     model, folded = fold_pyramid(settings.model(2), params)
     batch = next(batches(records, scores.entries, settings.sampling, batch_size=4, train=False))
-    still = batch._replace(flow=np.full_like(batch.flow, 128))
-    even = np.broadcast_to(np.array([124, 117, 104], np.uint8), batch.rgb.shape)
-    for name, shown in (("without_flow", still), ("without_rgb", batch._replace(rgb=even))):
-        alone = score_batch(folded, shown, model=model, inputs=settings.inputs)[batch.mask]
+    kernel = folded["fusion"]["conv"]["kernel"]
+    half = kernel.shape[3] // 2
+    for name, left_out in (("without_flow", np.s_[half:]), ("without_rgb", np.s_[:half])):
+        deaf = kernel.at[..., left_out, :].set(0)
+        conv = {**folded["fusion"]["conv"], "kernel": deaf}
+        changed = {**folded, "fusion": {"conv": conv}}
+        alone = score_batch(changed, batch, model=model, inputs=settings.inputs)[batch.mask]
         given = scores.streams[name].probabilities[: len(alone)]
         np.testing.assert_allclose(alone, given, atol=1e-6)
         assert np.abs(given - scores.probabilities[: len(alone)]).max() > 1e-4
@@ -252,7 +255,7 @@ def test_streams_of_a_network_that_has_one_are_refused(parts, streams):
         ValueError, match=rf"eval.each_stream .*--streams.*model.streams='{streams}"
     ):
         _viewed(_with(settings, **{"model.streams": streams}), {"each_stream": True})
-    # A card may say it: it has nothing to silence then, and a study is of both kinds.
+    # A card may say it: it has nothing to do without then, and a study is of both kinds.
     _with(settings, **{"model.streams": streams, "eval.each_stream": True})
     _viewed(_with(settings, **{"model.streams": "late"}), {"each_stream": True})
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stf_jax import explain as module
 from stf_jax.explain import draw, explain
+from stf_jax.fusion import segment_vectors
 from stf_jax.inputs import Batch, InputSettings, network_input
 from stf_jax.model import build_model
 
@@ -48,7 +48,7 @@ def found(tiny_model_settings, tiny_records):
 
 def _logits(network, params, maps):
     fused = network.fusion.apply({"params": params["fusion"]}, *maps)
-    pyramid = module.segment_vectors(fused, network.tpn)
+    pyramid = segment_vectors(fused, network.tpn)
     states = network.recurrent.apply({"params": params["recurrent"]}, pyramid)
     return network.head.apply({"params": params["head"]}, states)[0][0]
 
