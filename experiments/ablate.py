@@ -46,7 +46,7 @@ from experiments.study_runs import (  # noqa: E402
 
 _STUDY = flags.DEFINE_enum("study", None, list(STUDIES), "Which study.")
 _ROWS = flags.DEFINE_list("rows", None, "Only these rows.")
-_SEEDS = flags.DEFINE_list("seeds", None, "These seeds instead of the study's.")
+_SEEDS = flags.DEFINE_list("seeds", None, "These seeds (folds, where runs differ in them) instead.")
 _JOBS = flags.DEFINE_integer(
     "jobs", 1, "Runs at once: each on a GPU of its own, or on its part of the cores.", lower_bound=1
 )
@@ -68,7 +68,7 @@ _changes: dict[str, str] = {}
 def _list() -> None:
     for study in STUDIES.values():
         seeds = ", ".join(map(str, study.seeds))
-        print(f"{study.name} ({study.card}; seeds {seeds})\n  {study.question}")
+        print(f"{study.name} ({study.card}; {study.repeats} {seeds})\n  {study.question}")
         for row in study.rows:
             told = " ".join(f"{key}={value}" for key, value in row.changes.items())
             print(f"    {row.name:<18}{row.what}{f'   [{told}]' if told else ''}")

@@ -81,7 +81,7 @@ def _study(folder: Path, label: str) -> str:
         summary = _read(folder / f"{label}_summary.csv")
         parts += [_summary_table(study, summary), *_few_seeds(study, summary)]
         parts.append(f"![{name}]({label}.png)")
-        parts.append(_circumstances(fresh, summary) + _either_stream(tables.fresh()))
+        parts.append(_circumstances(study, fresh, summary) + _either_stream(tables.fresh()))
     if len(fresh) < len(runs):
         stale = [f"`{run['row']}` seed {run['seed']}" for run in runs if run["stale"]]
         parts.append(
@@ -113,10 +113,10 @@ def _told_changes(study: Study, runs: Sequence[Mapping[str, str]]) -> str:
 def _summary_table(study: Study, lines: Sequence[Mapping[str, str]]) -> str:
     shown: list[tuple[str, Any]] = [
         ("row", lambda r: f"`{r['row']}`: {r['what']}"),
-        ("top-1, mean of seeds", lambda r: f"**{_percent(r['mean'])}**"),
+        (f"top-1, mean of {study.repeats}", lambda r: f"**{_percent(r['mean'])}**"),
         ("95 % interval over videos", lambda r: _range(r["low95"], r["high95"])),
-        ("seeds", lambda r: str(len(r["seeds"].split()))),
-        ("sd; min to max over seeds", _spread),
+        (study.repeats, lambda r: str(len(r["seeds"].split()))),
+        (f"sd; min to max over {study.repeats}", _spread),
     ]
     if study.reference:
         shown.append((f"points against `{study.reference}` (95 %)", _difference))
@@ -170,13 +170,15 @@ def _few_seeds(study: Study, lines: Sequence[Mapping[str, str]]) -> list[str]:
     told = []
     if few:
         rows = ", ".join(f"`{name}` {count}" for name, count in few.items())
-        told.append(f"Fewer than {wanted} seeds: {rows}.")
+        told.append(f"Fewer than {wanted} {study.repeats}: {rows}.")
     if absent:
         told.append(f"Not run yet: {', '.join(f'`{name}`' for name in absent)}.")
     return told
 
 
-def _circumstances(runs: Sequence[Mapping[str, str]], summary: Sequence[Mapping[str, str]]) -> str:
+def _circumstances(
+    study: Study, runs: Sequence[Mapping[str, str]], summary: Sequence[Mapping[str, str]]
+) -> str:
     """Protocols, leaks, commits and machines of the runs."""
     lines = []
     for protocol in dict.fromkeys(run["protocol"] for run in runs):
@@ -197,17 +199,19 @@ def _circumstances(runs: Sequence[Mapping[str, str]], summary: Sequence[Mapping[
     told = {
         key: "; ".join(sorted({run[key] for run in runs})) for key in ("card", "commit", "machine")
     }
-    seeds = ", ".join(sorted({run["seed"] for run in runs}, key=int))
+    which = ", ".join(sorted({run["seed"] for run in runs}, key=int))
     apart = " (minutes do not compare across these)" * (len({run["machine"] for run in runs}) > 1)
     hours = sum(float(run["run_seconds"]) for run in runs) / 3600
     lines.append(
-        f"- `{told['card']}`, seeds {seeds}; chance {', '.join(chance)}; commit {told['commit']}; "
-        f"{told['machine']}{apart}; {len(runs)} runs of {hours:.1f} h together."
+        f"- `{told['card']}`, {study.repeats} {which}; chance {', '.join(chance)}; "
+        f"commit {told['commit']}; {told['machine']}{apart}; "
+        f"{len(runs)} runs of {hours:.1f} h together."
     )
     fewest = min(int(line["sources"]) for line in summary)
     lines.append(
         f"- Intervals come from drawing the sources of the videos ({fewest} or more of them) anew, "
-        "with the seeds that there are; that of a difference is over the same draws for both."
+        f"with the {study.repeats} that there are; that of a difference is over the same draws for "
+        "both."
         + (" So few sources make intervals too narrow." if fewest < _FEW_SOURCES else "")
         + " Where all answers are right, or all are wrong, every draw is alike: there it is "
         "Wilson's, as if each source were one video."

@@ -39,7 +39,7 @@ class Study:
       seeds: of each row.
       reference: the row that the others are compared with; '' if they are not.
       common: changes of the card for all rows.
-      seed_keys: the settings that the seed goes into.
+      seed_keys: the settings that the seed goes into; only 'data.fold': the "seeds" are folds.
       pooled: '' or, where rows are folds of one set, what their videos are together: the summary
         then ends with a line of that name over all of them.
       cues: classes by what has to be seen to tell them; gives the figure of rows and cues.
@@ -73,6 +73,11 @@ class Study:
             raise ValueError(f"study {self.name!r}: 'all' is the line of all rows together")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"study {self.name!r}: seeds {tuple(self.seeds)}, each once")
+
+    @property
+    def repeats(self) -> str:
+        """What the runs of a row differ in: 'seeds', or 'folds' of the videos."""
+        return "folds" if tuple(self.seed_keys) == ("data.fold",) else "seeds"
 
     def changes(self, row: Row, seed: int) -> dict[str, Any]:
         """What a run changes of the card."""
@@ -176,6 +181,18 @@ _FUSION = Study(
         _RGB,
         _FLOW,
     ),
+)
+
+_FUSION_FOLDS = dataclasses.replace(
+    _FUSION,
+    name="fusion_folds",
+    card=_REAL,
+    question="And on more videos than a test set of them has? (Every video is tested once, by a "
+    "network that met no other of its group; the recipe was chosen on some of these groups.)",
+    seeds=(1, 2, 3),
+    seed_keys=("data.fold",),
+    # Two thirds of the videos to train on, so a little longer than in the study of parts.
+    common={"data.protocol": "group_kfold", "data.folds": 3, **_longer(7)},
 )
 
 _OTHER_LIGHT = {
@@ -338,6 +355,7 @@ STUDIES = {
     for study in (
         _PARTS,
         _FUSION,
+        _FUSION_FOLDS,
         _RECIPE,
         _LEAK,
         _LEAK_COLOUR,

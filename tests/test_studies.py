@@ -433,6 +433,23 @@ def test_the_page_tells_a_study_without_mixing_what_does_not_belong_together(tmp
     assert "held-out training videos, no test each" in page and "--study=toy --select" in page
 
 
+def test_runs_that_differ_in_their_fold_are_not_called_seeds(tmp_path, monkeypatch, drawn_texts):
+    study = dataclasses.replace(STUDY, name="toy", seed_keys=("data.fold",), seeds=(0, 1, 2))
+    monkeypatch.setitem(STUDIES, "toy", study)
+    assert study.changes(study.rows[1], 2)["data.fold"] == 2
+    tables = _tables()
+    tables.runs.pop(("b", "1")), tables.videos.pop(("b", "1"))
+    study_runs.summarise(study, tables, tmp_path, "study_toy")
+    page = (tmp_path / "README.md").read_text()
+    for said in ("top-1, mean of folds", "| folds |", "Fewer than 3 folds: `a` 2, `b` 1.",
+                 "folds 0, 1; chance", "with the folds that there are"):  # fmt: skip
+        assert said in page, said
+    assert "seed" not in page.partition("; one row with one seed by")[0]
+    (folds,) = [text for text, _ in drawn_texts if "dots:" in text]
+    assert "dots: folds" in folds
+    assert any(text.endswith("[1 of 2 folds]") for text, _ in drawn_texts)
+
+
 def test_the_page_tells_how_far_choosing_between_the_streams_could_go(tmp_path, monkeypatch):
     study = dataclasses.replace(STUDY, rows=(Row("rgb", ""), Row("flow", "")), reference="")
     monkeypatch.setitem(STUDIES, "toy", study)
