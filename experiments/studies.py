@@ -170,20 +170,18 @@ _PARTS = dataclasses.replace(_parts_here, rows=(*_parts_here.rows, *_RIVALS))
 # For GPUs. Without the rivals: at the paper's rates and without ImageNet they would learn nothing.
 _PARTS_PAPER = _parts("parts_paper", _PAPER)
 
-_STREAMS = (Row("both", "both streams, fused"), _RGB, _FLOW)
 _FUSION = Study(
     name="fusion",
     card="configs/ucf101.py:laptop",
     question="Does fusing pay when training goes on to the end? (The network of the README's "
     "table, each stream alone, and the strongest rival.)",
     reference="both",
-    rows=(*_STREAMS, _RIVALS[-1]),
+    rows=(Row("both", "both streams, fused"), _RGB, _FLOW, _RIVALS[-1]),
 )
 
 _FUSION_FOLDS = dataclasses.replace(
     _FUSION,
     name="fusion_folds",
-    rows=_STREAMS,
     card=_REAL,
     question="And on more videos than a test set of them has? (Every video is tested once, by a "
     "network that met no other of its group; the recipe was chosen on some of these groups.)",
