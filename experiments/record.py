@@ -87,12 +87,15 @@ def table(records: dict[str, dict[str, Any]], *, generated: bool) -> str:
         low, high = r["interval95"]
         e = r["environment"]
         minutes = sum(r["seconds"].values()) / 60
+        # The seed has a column.
+        changes = {key: value for key, value in r["changes"].items() if key != "seed"}
+        made = " ".join([r["config_file"], *(f"--config.{k}={v}" for k, v in changes.items())])
         leak = ""
         if r["leaky"]:
             share = "unknown" if r["overlap"] is None else f"{r['overlap']:.1%}"
             leak = f"**leaky** (source shared with training: {share}): "
         lines.append(
-            f"| [{name}](experiments/results/{name}.json) `{r['config_file']}` "
+            f"| [{name}](experiments/results/{name}.json) `{made}` "
             f"| **{r['top1']:.1%}** ({low:.1%} to {high:.1%}; chance {r['chance']:.1%}) "
             f"| {r['top5']:.1%} | {r['mean_class_accuracy']:.1%} "
             f"| {r['num_videos']}, {len(r['excluded'])} excluded | {leak}{r['protocol']} "

@@ -225,6 +225,12 @@ _RECIPE = Study(
         ),
         Row("whole_clips", "whole clips in both stages", {"stages.first.divide_clips": 1}),
         Row("clips_of_8", "clips of 8 frames in the first stage", {"stages.first.divide_clips": 3}),
+        Row(
+            "windows_of_4",
+            "pyramids of 4 frames, as many as clips of the first stage have",
+            {"model.tpn.window": 4, "model.tpn.stride": 4},
+        ),
+        Row("loss_per_step", "a loss for every step", {"model.head.pool": "per_step_loss"}),
         Row("colour_as_it_is", "colour with the clip's mean frame", {"inputs.rgb_mean": "none"}),
         Row("colour_always", "no clips fused without colour", {"model.fusion.drop_rgb": 0.0}),
         Row(
