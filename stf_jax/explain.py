@@ -128,7 +128,8 @@ def _explained(
         return network.apply(weights, pyramid, method="classify")
 
     def score(maps: dict[str, Array]) -> Array:
-        return classified(network.apply(weights, maps, method="pyramid_of"))[0][0, label]
+        vectors: Any = network.apply(weights, maps, method="pyramid_of")
+        return classified(vectors)[0][0, label]
 
     whole, slopes = jax.value_and_grad(score)(maps)
     heat = {name: _heat(maps[name], slopes[name], rgb.shape[2]) for name in maps}
