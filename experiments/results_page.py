@@ -83,7 +83,8 @@ def _study(folder: Path, label: str) -> str:
         parts.append(f"![{name}]({label}.png)")
         parts.append(_circumstances(study, fresh, summary) + _either_stream(tables.fresh()))
     if len(fresh) < len(runs):
-        stale = [f"`{run['row']}` seed {run['seed']}" for run in runs if run["stale"]]
+        one = study.repeats.removesuffix("s")
+        stale = [f"`{run['row']}` {one} {run['seed']}" for run in runs if run["stale"]]
         parts.append(
             f"Left out, made with other settings than the study has now: {', '.join(stale)}."
         )
