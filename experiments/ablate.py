@@ -68,7 +68,7 @@ _changes: dict[str, str] = {}
 def _list() -> None:
     for study in STUDIES.values():
         seeds = ", ".join(map(str, study.seeds))
-        print(f"{study.name} ({study.card}; {study.repeats} {seeds})\n  {study.question}")
+        print(f"{study.name} ({study.card}; {study.repeat}s {seeds})\n  {study.question}")
         for row in study.rows:
             told = " ".join(f"{key}={value}" for key, value in row.changes.items())
             print(f"    {row.name:<18}{row.what}{f'   [{told}]' if told else ''}")

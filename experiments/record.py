@@ -20,10 +20,14 @@ from typing import Any
 
 from absl import app, flags
 
+_ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(_ROOT))
+
+from experiments import results_page  # noqa: E402
+
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a finished run; none: only the tables.")
 _NAME = flags.DEFINE_string("name", None, "Name of the record.")
 
-_ROOT = Path(__file__).resolve().parent.parent
 _RESULTS = _ROOT / "experiments" / "results"
 # Of results.json.
 _KEYS = (
@@ -89,7 +93,7 @@ def table(records: dict[str, dict[str, Any]], *, generated: bool) -> str:
         minutes = sum(r["seconds"].values()) / 60
         # The seed has a column.
         changes = {key: value for key, value in r["changes"].items() if key != "seed"}
-        made = " ".join([r["config_file"], *(f"--config.{k}={v}" for k, v in changes.items())])
+        made = f"{r['config_file']} {results_page.as_flags(changes)}".rstrip()
         leak = ""
         if r["leaky"]:
             share = "unknown" if r["overlap"] is None else f"{r['overlap']:.1%}"
@@ -150,9 +154,6 @@ def main(argv: Sequence[str]) -> None:
     records = {path.stem: json.loads(path.read_text()) for path in _RESULTS.glob("*.json")}
     for page in (_ROOT / "README.md", _ROOT / "BUILD_NOTES.md"):
         page.write_text(update(page.read_text(encoding="utf-8"), records), encoding="utf-8")
-    sys.path.insert(0, str(_ROOT))
-    from experiments import results_page
-
     results_page.write(_RESULTS)
 
 

@@ -83,8 +83,7 @@ def _study(folder: Path, label: str) -> str:
         parts.append(f"![{name}]({label}.png)")
         parts.append(_circumstances(study, fresh, summary) + _either_stream(tables.fresh()))
     if len(fresh) < len(runs):
-        one = study.repeats.removesuffix("s")
-        stale = [f"`{run['row']}` {one} {run['seed']}" for run in runs if run["stale"]]
+        stale = [f"`{run['row']}` {study.repeat} {run['seed']}" for run in runs if run["stale"]]
         parts.append(
             f"Left out, made with other settings than the study has now: {', '.join(stale)}."
         )
@@ -99,11 +98,16 @@ def _study(folder: Path, label: str) -> str:
     return "\n\n".join(parts)
 
 
+def as_flags(changes: Mapping[str, str]) -> str:
+    """Settings as a command line has them."""
+    return " ".join(f"--config.{key}={value}" for key, value in changes.items())
+
+
 def _told_changes(study: Study, runs: Sequence[Mapping[str, str]]) -> str:
     """What the command line changed in every run, beyond the study."""
     own = {row.name: study.changes(row, 0) for row in study.rows}
     found = {
-        f"--config.{key}={value}"
+        as_flags({key: value})
         for run in runs
         for key, value in json.loads(run["overrides"]).items()
         if key not in own[run["row"]] and key != "eval.subset"
@@ -114,10 +118,10 @@ def _told_changes(study: Study, runs: Sequence[Mapping[str, str]]) -> str:
 def _summary_table(study: Study, lines: Sequence[Mapping[str, str]]) -> str:
     shown: list[tuple[str, Any]] = [
         ("row", lambda r: f"`{r['row']}`: {r['what']}"),
-        (f"top-1, mean of {study.repeats}", lambda r: f"**{_percent(r['mean'])}**"),
+        (f"top-1, mean of {study.repeat}s", lambda r: f"**{_percent(r['mean'])}**"),
         ("95 % interval over videos", lambda r: _range(r["low95"], r["high95"])),
-        (study.repeats, lambda r: str(len(r["seeds"].split()))),
-        (f"sd; min to max over {study.repeats}", _spread),
+        (f"{study.repeat}s", lambda r: str(len(r["seeds"].split()))),
+        (f"sd; min to max over {study.repeat}s", _spread),
     ]
     if study.reference:
         shown.append((f"points against `{study.reference}` (95 %)", _difference))
@@ -171,7 +175,7 @@ def _few_seeds(study: Study, lines: Sequence[Mapping[str, str]]) -> list[str]:
     told = []
     if few:
         rows = ", ".join(f"`{name}` {count}" for name, count in few.items())
-        told.append(f"Fewer than {wanted} {study.repeats}: {rows}.")
+        told.append(f"Fewer than {wanted} {study.repeat}s: {rows}.")
     if absent:
         told.append(f"Not run yet: {', '.join(f'`{name}`' for name in absent)}.")
     return told
@@ -204,14 +208,14 @@ def _circumstances(
     apart = " (minutes do not compare across these)" * (len({run["machine"] for run in runs}) > 1)
     hours = sum(float(run["run_seconds"]) for run in runs) / 3600
     lines.append(
-        f"- `{told['card']}`, {study.repeats} {which}; chance {', '.join(chance)}; "
+        f"- `{told['card']}`, {study.repeat}s {which}; chance {', '.join(chance)}; "
         f"commit {told['commit']}; {told['machine']}{apart}; "
         f"{len(runs)} runs of {hours:.1f} h together."
     )
     fewest = min(int(line["sources"]) for line in summary)
     lines.append(
         f"- Intervals come from drawing the sources of the videos ({fewest} or more of them) anew, "
-        f"with the {study.repeats} that there are; that of a difference is over the same draws for "
+        f"with the {study.repeat}s that there are; that of a difference is over the same draws for "
         "both."
         + (" So few sources make intervals too narrow." if fewest < _FEW_SOURCES else "")
         + " Where all answers are right, or all are wrong, every draw is alike: there it is "
@@ -267,8 +271,8 @@ def _runs_table(kind: str, records: Mapping[str, Mapping[str, Any]]) -> str:
     for name, record in records.items():
         low, high = record["interval95"]
         e = record["environment"]
-        changes = "".join(f" --config.{key}={v}" for key, v in record["changes"].items())
-        command = f"python -m stf_jax.main --config={record['config_file']}{changes}"
+        flags = f"--config={record['config_file']} {as_flags(record['changes'])}".rstrip()
+        command = f"python -m stf_jax.main {flags}"
         leak = "**leaky**: " if record["leaky"] else ""
         lines.append(
             f"| [{name}]({name}) | **{100 * record['top1']:.1f} %** ({100 * low:.1f} to "

@@ -75,9 +75,9 @@ class Study:
             raise ValueError(f"study {self.name!r}: seeds {tuple(self.seeds)}, each once")
 
     @property
-    def repeats(self) -> str:
-        """What the runs of a row differ in: 'seeds', or 'folds' of the videos."""
-        return "folds" if tuple(self.seed_keys) == ("data.fold",) else "seeds"
+    def repeat(self) -> str:
+        """What the runs of a row differ in: their 'seed', or their 'fold' of the videos."""
+        return "fold" if tuple(self.seed_keys) == ("data.fold",) else "seed"
 
     def changes(self, row: Row, seed: int) -> dict[str, Any]:
         """What a run changes of the card."""

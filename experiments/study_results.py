@@ -398,7 +398,7 @@ def draw(path: Path, study: Study, tables: Tables, lines: Sequence[dict[str, Any
             _draw_cues(axes[1], study, lines, float(runs[0]["chance"]))
         figure.suptitle(
             f"{study.name}: top-1 accuracy on {subset}, {made}\n"
-            f"dots: {study.repeats}; diamonds and bars: mean and 95 % interval over videos",
+            f"dots: {study.repeat}s; diamonds and bars: mean and 95 % interval over videos",
             fontsize=11,
         )
 
@@ -430,7 +430,7 @@ def _draw_dots(ax: Any, study: Study, tables: Tables, lines: Sequence[dict[str, 
     labels = []
     for line in lines:
         count = len(line["seeds"].split())
-        few = f" [{count} of {most} {study.repeats}]" if count < most else ""
+        few = f" [{count} of {most} {study.repeat}s]" if count < most else ""
         leaky = any(r["leaky"] == "True" for k, r in tables.runs.items() if k[0] == line["row"])
         labels.append(line["what"] + few + (" LEAKY" if leaky else ""))
     ax.set(yticks=range(len(lines)), yticklabels=labels, xlim=(0, 102))

@@ -57,7 +57,7 @@ class Job:
     @property
     def name(self) -> str:
         """For people: 'row, seed 1', or 'row, fold 1'."""
-        return f"{self.row.name}, {self.study.repeats[:-1]} {self.seed}"
+        return f"{self.row.name}, {self.study.repeat} {self.seed}"
 
     @property
     def log(self) -> Path:
@@ -430,7 +430,7 @@ def summarise(study: Study, tables: Tables, results: Path, label: str) -> None:
     fresh = tables.fresh()
     for key in sorted(tables.runs.keys() - fresh.runs.keys()):
         print(
-            f"  stale: row {key[0]!r} with {study.repeats[:-1]} {key[1]} was made with other "
+            f"  stale: row {key[0]!r} with {study.repeat} {key[1]} was made with other "
             "settings than the study has now; it stays in the table and is left out of the summary"
         )
     if not fresh.runs:
@@ -441,7 +441,7 @@ def summarise(study: Study, tables: Tables, results: Path, label: str) -> None:
     study_results.draw(results / f"{label}.png", study, fresh, lines)
     for line in lines:
         gain = "" if line["difference"] is None else f", {100 * line['difference']:+.1f} points"
-        print(f"  {line['row']}: {line['mean']:.1%} ({study.repeats} {line['seeds']}){gain}")
+        print(f"  {line['row']}: {line['mean']:.1%} ({study.repeat}s {line['seeds']}){gain}")
     print(f"{results / label}.csv, _videos.csv, _summary.csv, .png; {results_page.write(results)}")
 
 

@@ -113,7 +113,7 @@ def score_streams(
     else:
         each = {
             f"without_{name}": model.apply({"params": params}, features, name, method="without")
-            for name in reversed(STREAMS)
+            for name in STREAMS
         }
     return {name: _softmax(scores) for name, scores in {_WHOLE: logits, **each}.items()}
 

@@ -17,7 +17,7 @@ from stf_jax.checkpoint import Params
 from stf_jax.flow import flow_to_colour
 from stf_jax.index import some
 from stf_jax.inputs import Batch, InputSettings, compute_flow, flow_to_pixels, network_input
-from stf_jax.model import STREAMS, ActionNetwork, LateFusion, Network
+from stf_jax.model import STREAMS, ActionNetwork, LateFusion, Network, maps_of
 from stf_jax.predict import Predictor, Trained
 from stf_jax.prepare import RecordSettings
 
@@ -121,25 +121,29 @@ def _explained(
     label: Int[Array, ""],
 ) -> dict[str, Array | dict[str, Array]]:
     weights = {"params": params}
-    _, features = network.apply(weights, rgb, flow, train=False)
-    maps = {name: features[f"{name}_map"] for name in STREAMS if f"{name}_map" in features}
+    called: Any = network.apply(weights, rgb, flow, train=False)
+    features = called[1]
+    maps = maps_of(features)
 
     def classified(pyramid: Array) -> Any:
         return network.apply(weights, pyramid, method="classify")
 
     def score(maps: dict[str, Array]) -> Array:
-        vectors: Any = network.apply(weights, maps, method="pyramid_of")
-        return classified(vectors)[0][0, label]
+        made: Any = network.apply(weights, maps, method="pyramid_of")
+        return classified(made)[0][0, label]
 
     whole, slopes = jax.value_and_grad(score)(maps)
     heat = {name: _heat(maps[name], slopes[name], rgb.shape[2]) for name in maps}
-    silenced = {name: {**maps, name: jnp.zeros_like(maps[name])} for name in maps}
     pyramid = features["pyramid"]
     logits, steps = classified(pyramid)
     level_of = np.repeat(np.arange(len(network.tpn.levels)), network.tpn.levels)
     vectors = rearrange(pyramid, "1 s (n d) -> s n d", n=len(level_of))
 
-    def without(parts: Array) -> Array:
+    def lost_stream(name: str) -> Array:
+        left: Any = network.apply(weights, features, name, method="without")
+        return whole - left[0, label]
+
+    def lost(parts: Array) -> Array:
         """What the logit loses without the marked parts, bool `s n`."""
         left = jnp.where(parts[:, level_of, None], jnp.zeros_like(vectors), vectors)
         return whole - classified(rearrange(left, "s n d -> 1 s (n d)"))[0][0, label]
@@ -150,10 +154,10 @@ def _explained(
     return {
         "probabilities": jax.nn.softmax(logits[0].astype(jnp.float32)),
         "heat": heat,
-        "stream_gain": {name: whole - score(left) for name, left in silenced.items()},
+        "stream_gain": {name: lost_stream(name) for name in maps},
         "step_probabilities": jax.nn.softmax(steps[0].astype(jnp.float32)),
-        "part_gain": jax.lax.map(without, single).reshape(shape),
-        "level_gain": jax.lax.map(without, one_level),
+        "part_gain": jax.lax.map(lost, single).reshape(shape),
+        "level_gain": jax.lax.map(lost, one_level),
     }
 
 

@@ -227,6 +227,11 @@ class Head(nn.Module):
         return steps.mean(axis=1), steps
 
 
+def maps_of(features: Mapping[str, Array]) -> dict[str, Float[Array, "b t h w _c"]]:
+    """The maps of the streams among a network's features, by the names of the streams."""
+    return {name: features[f"{name}_map"] for name in STREAMS if f"{name}_map" in features}
+
+
 class ActionNetwork(nn.Module):
     """Two streams, convolutional fusion, temporal pyramid, Bi-LN-LSTM, classifier.
 
@@ -356,11 +361,10 @@ class ActionNetwork(nn.Module):
 
         Args:
           features: what a call returned for the clips.
-          stream: 'rgb' or 'flow'.
+          stream: 'rgb' or 'flow'; one that the network has.
         """
-        maps = {name: features[f"{name}_map"] for name in STREAMS}
-        maps[stream] = jnp.zeros_like(maps[stream])
-        return self.classify(self.pyramid_of(maps))[0]
+        maps = maps_of(features)
+        return self.classify(self.pyramid_of({**maps, stream: jnp.zeros_like(maps[stream])}))[0]
 
 
 class LateFusion(nn.Module):
