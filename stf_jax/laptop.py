@@ -7,11 +7,12 @@ def laptop(config: ConfigDict, epochs: tuple[int, int] = (30, 4)) -> None:
     """Makes a card's layers one eighth as wide, and sets what it takes to train them from scratch.
 
     Deviations from the paper, because VGG's ImageNet weights do not fit one eighth of its width:
-    group normalisation after each convolution, windows of random size, flips, less dropout, smaller
-    batches, larger rates with warm-up and cosine, weight decay. Because few videos share their
-    backgrounds with few others: colour without the clip's mean frame, and more than half of the
-    training clips fused without colour. Because two cores are slow: Muon, and the first stage on
-    clips of 4 frames, six times as many. experiments/studies.py:recipe asks what each is worth.
+    group normalisation after each convolution, 3-D layers that start as 2-D ones, windows of random
+    size, flips, less dropout, smaller batches, larger rates with warm-up and cosine, weight decay.
+    Because few videos share their backgrounds with few others: colour without the clip's mean
+    frame, and more than half of the training clips fused without colour. Because two cores are
+    slow: Muon, and the first stage on clips of 4 frames, six times as many.
+    experiments/studies.py:recipe asks what each is worth.
 
     No videos are held out for the stop rule, which a few dozen would mislead: training ends with
     its last epoch. Say --config.data.validation_fraction=0.33 when choosing settings. If a still
@@ -32,6 +33,7 @@ def laptop(config: ConfigDict, epochs: tuple[int, int] = (30, 4)) -> None:
     config.model.update(width=8, norm="group")
     config.model.mst.width = 64
     config.model.conv3d.width = 64
+    config.model.temporal.init = "inflate"
     config.model.fusion.update(width=64, drop_rgb=0.6)
     config.model.drop.input = 0.25
     config.model.c3d.update(width=16, dense=128)

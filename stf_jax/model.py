@@ -492,6 +492,31 @@ def build_model(config: Config, num_classes: int) -> Network:
     return network(config["streams"])
 
 
+def unread(architecture: str, streams: str) -> tuple[str, ...]:
+    """The keys of a `model` configuration that a network does not read, whatever their values.
+
+    Args:
+      architecture: as `model.architecture`.
+      streams: as `model.streams`.
+
+    Returns:
+      Keys of settings and of whole sections.
+
+    Example:
+      >>> unread("stf", "rgb")
+      ('c3d', 'cnn_lstm', 'mst', 'conv3d', 'temporal')
+    """
+    baselines = ("c3d", "cnn_lstm")
+    if architecture != "stf":
+        others = tuple(name for name in baselines if name != architecture)
+        return ("width", *_TEMPORAL_PARTS, "fusion", "tpn", "lstm", "head", *others)
+    return baselines + (_TEMPORAL_PARTS if streams == "rgb" else ())
+
+
+# The sections that only the temporal stream is made of.
+_TEMPORAL_PARTS = ("mst", "conv3d", "temporal")
+
+
 def _norm_groups(config: Config) -> int:
     return config["norm_groups"] if config["norm"] == "group" else 0
 

@@ -24,7 +24,7 @@ from stf_jax.datasets import DataSettings
 from stf_jax.flow import TvL1Settings
 from stf_jax.index import ClipEntry, VideoIndex, some
 from stf_jax.inputs import Batch, InputSettings
-from stf_jax.model import PAPER_MODEL, Network, build_model
+from stf_jax.model import PAPER_MODEL, Network, build_model, unread
 from stf_jax.optim import OptimizerSettings, StageSettings
 from stf_jax.parallel import make_mesh
 from stf_jax.pipeline import SamplingSettings
@@ -359,10 +359,22 @@ class Run:
 
 
 def deciding(config: Mapping[str, Any] | ml_collections.ConfigDict) -> dict[str, Any]:
-    """The settings that decide what comes out, by their dotted names, as JSON would hold them."""
+    """The settings that decide what comes out, by their dotted names, as JSON would hold them.
+
+    Without those of parts that the network does not have: a card may change them, and a run of
+    another network is still the same run.
+    """
     if isinstance(config, ml_collections.ConfigDict):
         config = json.loads(config.to_json_best_effort())
-    return {key: value for key, value in _flat(config).items() if key not in _FREE}
+    flat = _flat(config)
+    idle: tuple[str, ...] = ()
+    if {"model.architecture", "model.streams"} <= flat.keys():
+        idle = unread(flat["model.architecture"], flat["model.streams"])
+    return {
+        key: value
+        for key, value in flat.items()
+        if key not in _FREE and not (key.startswith("model.") and key.split(".")[1] in idle)
+    }
 
 
 # The keys of a configuration that belong to no part of it.

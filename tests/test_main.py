@@ -139,6 +139,8 @@ def test_a_workdir_belongs_to_one_configuration(tmp_path, tiny_config):
     # Where things are and how fast they go may change.
     tiny_config.records.root, tiny_config.records.workers = "elsewhere", 7
     run.claim(tiny_config)
+    tiny_config.model.c3d.dense += 1  # not this network
+    run.claim(tiny_config)
     tiny_config.stages.first.learning_rate = 0.5
     with pytest.raises(ValueError, match=r"stages.first.learning_rate: 0.001 there, 0.5 now"):
         run.claim(tiny_config)

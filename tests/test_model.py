@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from stf_jax.fusion import blurred_sum
 from stf_jax.metrics import cross_entropy
-from stf_jax.model import PAPER_MODEL, Head, _folded, build_model, fold_pyramid
+from stf_jax.model import PAPER_MODEL, Head, _folded, build_model, fold_pyramid, unread
 from stf_jax.recurrent import BiLSTM, LSTMSettings
 from stf_jax.streams import SpatialStream, TemporalStream
 
@@ -518,6 +518,46 @@ def test_equal_configurations_give_equal_networks(tiny_model_config):
         same = build_model(config, CLASSES)
         assert same == network and hash(same) == hash(network)
     assert build_model(tiny_model_config, CLASSES + 1) != network
+
+
+# Another possible value of every section that some networks do not read.
+OTHER = {
+    "width": 8,
+    "mst": {"spatial": (1, 1, 3)},
+    "conv3d": {"temporal": 1},
+    "temporal": {"init": "glorot"},
+    "fusion": {"relu": False},
+    "tpn": {"psi": "max"},
+    "lstm": {"ln": "none"},
+    "head": {"pool": "last"},
+    "c3d": {"dense": 5},
+    "cnn_lstm": {"hidden": 3},
+}
+
+
+@pytest.mark.parametrize(
+    "architecture, streams",
+    [
+        *(("stf", streams) for streams in ("both", "rgb", "flow", "late")),
+        *((name, stream) for name in ("c3d", "cnn_lstm") for stream in ("rgb", "flow")),
+    ],
+)
+def test_unread_settings_are_those_whose_change_leaves_the_network_as_it_is(
+    tiny_model_config, architecture, streams
+):
+    chosen = {"architecture": architecture, "streams": streams, "fusion.init": "he"}
+    config = switched(tiny_model_config, chosen)
+    network = build_model(config, CLASSES)
+    without_effect = set()
+    for key, value in OTHER.items():
+        changed = copy.deepcopy(config)
+        if isinstance(value, dict):
+            changed[key].update(value)
+        else:
+            changed[key] = value
+        if build_model(changed, CLASSES) == network:
+            without_effect.add(key)
+    assert set(unread(architecture, streams)) == without_effect
 
 
 @pytest.mark.parametrize(
