@@ -144,6 +144,7 @@ def get_config(presets: str = "") -> ConfigDict:
             "pool5": "after",
             "init": "feichtenhofer",
             "drop_rgb": 0.0,  # share of training clips fused without colour
+            "loss_without": (),  # or ("rgb",): a second loss, for flow by itself
         },
         "tpn": {"window": 8, "stride": 8, "levels": (1, 2, 4), "psi": "mean"},
         "lstm": {

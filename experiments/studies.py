@@ -89,8 +89,13 @@ _PAPER = "configs/ucf101.py"
 
 _RGB = Row("rgb", "colour only", {"model.streams": "rgb"})
 _FLOW = Row("flow", "flow only", {"model.streams": "flow"})
-# How the 3-D layers of laptops started as well when most of these studies were begun.
-_HE_LAYERS = {"model.temporal.init": "he"}
+# The laptop's choices when most of these studies were begun: kept, so that their rows go together.
+_BEFORE = {
+    "model.norm_groups": 8,
+    "model.fusion.loss_without": (),
+    "model.fusion.drop_rgb": 0.6,
+}
+_AS_BEGUN = {"model.temporal.init": "he", **_BEFORE}
 # A network of one stream has none to do without.
 _ALONE = {"eval.each_stream": False}
 
@@ -113,8 +118,7 @@ def _parts(name: str, card: str) -> Study:
         question="What is each part of the paper's network worth, on real clips from people that "
         "training has not met?",
         reference="full",
-        # 3-D layers start at random, as the paper says, whatever the card prefers.
-        common={"eval.each_stream": True, **_HE_LAYERS},
+        common={"eval.each_stream": True},
         rows=(
             Row("full", "all parts: fusion by 3-D convolution"),
             Row("rgb", "colour only", {"model.streams": "rgb", **_ALONE}),
@@ -169,7 +173,11 @@ _RIVALS = tuple(
 )
 
 _parts_here = _parts("parts", _REAL)
-_PARTS = dataclasses.replace(_parts_here, rows=(*_parts_here.rows, *_RIVALS))
+_PARTS = dataclasses.replace(
+    _parts_here,
+    common={**_parts_here.common, **_AS_BEGUN},
+    rows=(*_parts_here.rows, *_RIVALS),
+)
 # For GPUs. Without the rivals: at the paper's rates and without ImageNet they would learn nothing.
 _PARTS_PAPER = _parts("parts_paper", _PAPER)
 
@@ -235,12 +243,29 @@ _RECIPE = Study(
         ),
         Row("loss_per_step", "a loss for every step", {"model.head.pool": "per_step_loss"}),
         Row("colour_as_it_is", "colour with the clip's mean frame", {"inputs.rgb_mean": "none"}),
-        Row("colour_always", "no clips fused without colour", {"model.fusion.drop_rgb": 0.0}),
+        Row("one_loss", "no loss for flow by itself", {"model.fusion.loss_without": ()}),
+        Row(
+            "loss_of_each",
+            "a loss for colour by itself, too",
+            {"model.fusion.loss_without": ("rgb", "flow")},
+        ),
+        Row(
+            "drop_rgb",
+            "instead of a second loss, 60 % of the clips without colour",
+            {"model.fusion.loss_without": (), "model.fusion.drop_rgb": 0.6},
+        ),
         Row(
             "plain_fusion",
-            "both: colour as it is, always",
-            {"inputs.rgb_mean": "none", "model.fusion.drop_rgb": 0.0},
+            "colour as it is, no loss for flow by itself",
+            {"inputs.rgb_mean": "none", "model.fusion.loss_without": ()},
         ),
+        Row("eight_groups", "normalisation in eight groups", {"model.norm_groups": 8}),
+        Row(
+            "flow_eight_groups",
+            "flow only, normalisation in eight groups",
+            {"model.streams": "flow", "model.norm_groups": 8},
+        ),
+        Row("before", "the recipe before: eight groups, and colour left out", _BEFORE),
         Row("other_light", "training clips in other light and colours", _OTHER_LIGHT),
         Row(
             "rgb_other_light",
@@ -248,12 +273,8 @@ _RECIPE = Study(
             {"model.streams": "rgb", **_OTHER_LIGHT},
         ),
         Row("windows_of_one_size", "random windows of one size", {"augment.crop": "random"}),
-        Row("he_layers", "3-D layers start He-normal", _HE_LAYERS),
-        Row(
-            "flow_he_layers",
-            "flow only, 3-D layers start He-normal",
-            {"model.streams": "flow", **_HE_LAYERS},
-        ),
+        Row("as_begun", "the recipe before that: 3-D layers start He-normal", _AS_BEGUN),
+        Row("flow_as_begun", "flow only, as then", {"model.streams": "flow", **_AS_BEGUN}),
         Row("he_fusion", "fusion starts He-normal", {"model.fusion.init": "he"}),
         Row("flow_mean", "mean flow subtracted", {"inputs.flow_mean": "per_field"}),
         Row("flow_scale", "flow twice as large", {"inputs.flow_scale": 1 / 16}),
@@ -267,7 +288,7 @@ _LEAK = Study(
     # It has about as many clips for training and for the test as the leaky ones.
     reference="groups",
     # What a protocol is worth does not hang on it.
-    common=_HE_LAYERS,
+    common=_AS_BEGUN,
     # All splits but the official one are drawn anew for each seed.
     seed_keys=("seed", "data.seed"),
     rows=(
@@ -293,10 +314,11 @@ _LEAK_COLOUR = dataclasses.replace(
     common={
         "model.streams": "rgb",
         "inputs.rgb_mean": "none",
+        **_AS_BEGUN,
         **_longer(8),
     },
 )
-_LEAK_PAPER = dataclasses.replace(_LEAK, name="leak_paper", card=_PAPER)
+_LEAK_PAPER = dataclasses.replace(_LEAK, name="leak_paper", card=_PAPER, common={})
 
 # Nothing that is left sees in which order the frames come: tests/test_model.py permutes them.
 _ORDER_BLIND = {
@@ -355,7 +377,7 @@ _WEIZMANN = Study(
         # By then 95 % of the training clips are known, and nine networks have to be trained.
         **_longer(12),
         # Clips that are all recognised leave another start nothing to show.
-        **_HE_LAYERS,
+        **_AS_BEGUN,
     },
     rows=tuple(
         Row(f"person{fold}", f"person {fold} left out", {"data.fold": fold})

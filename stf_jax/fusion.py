@@ -38,6 +38,10 @@ class FusionSettings:
       init: 'feichtenhofer' (a Gaussian blur of 0.25 spatial + 0.75 temporal map) or 'he'.
       drop_rgb: share of training clips whose colour map is left out, as zeros. Colour gives few
         videos away by their backgrounds, before their motion is learnt; these clips cannot be.
+      loss_without: streams, 'rgb' and 'flow' or one of them: every training clip is classified once
+        more with zeros in the place of that stream's map, and this loss is added. So the other
+        stream learns what it would by itself, whatever is learnt faster. Costs nothing but another
+        pass from the fusion on, in training.
 
     Raises:
       ValueError: an impossible value (names it).
@@ -49,6 +53,7 @@ class FusionSettings:
     pool5: str
     init: str
     drop_rgb: float
+    loss_without: Sequence[str]
 
     def __post_init__(self) -> None:
         """Checks the values and makes them hashable."""
@@ -62,6 +67,11 @@ class FusionSettings:
         check_choice("fusion.init", self.init, ("feichtenhofer", "he"))
         share = 0 <= self.drop_rgb < 1
         check_setting(share, "fusion.drop_rgb", self.drop_rgb, "0 <= share < 1")
+        without = tuple(self.loss_without)
+        object.__setattr__(self, "loss_without", without)
+        allowed = [(), ("rgb",), ("flow",), ("rgb", "flow")]
+        told = ", ".join(map(str, allowed))
+        check_setting(without in allowed, "fusion.loss_without", without, told)
 
 
 class Fusion(nn.Module):

@@ -7,11 +7,13 @@ def laptop(config: ConfigDict, epochs: tuple[int, int] = (30, 4)) -> None:
     """Makes a card's layers one eighth as wide, and sets what it takes to train them from scratch.
 
     Deviations from the paper, because VGG's ImageNet weights do not fit one eighth of its width:
-    group normalisation after each convolution, 3-D layers that start as 2-D ones, windows of random
-    size, flips, less dropout, smaller batches, larger rates with warm-up and cosine, weight decay.
-    Because few videos share their backgrounds with few others: colour without the clip's mean
-    frame, and more than half of the training clips fused without colour. Because two cores are
-    slow: Muon, and the first stage on clips of 4 frames, six times as many.
+    group normalisation after each convolution (in two groups: in eight, the first eight channels
+    would each be a group, and lose how large they are beside each other), 3-D layers that start as
+    2-D ones, windows of random size, flips, less dropout, smaller batches, larger rates with
+    warm-up and cosine, weight decay. Because few videos share their backgrounds with few others:
+    colour without the clip's mean frame, and a second loss, of every training clip fused without
+    colour. Because two cores are slow: Muon, and the first stage on clips of 4 frames, six times as
+    many.
     experiments/studies.py:recipe asks what each is worth.
 
     No videos are held out for the stop rule, which a few dozen would mislead: training ends with
@@ -30,11 +32,11 @@ def laptop(config: ConfigDict, epochs: tuple[int, int] = (30, 4)) -> None:
         crop_size=64, rgb_preprocess="minus1_1", rgb_mean="clip", flow_scale=1 / 32
     )
     config.augment.update(crop="resized", area=(0.5, 1.0), aspect=(0.85, 1.18), flip=True)
-    config.model.update(width=8, norm="group")
+    config.model.update(width=8, norm="group", norm_groups=2)
     config.model.mst.width = 64
     config.model.conv3d.width = 64
     config.model.temporal.init = "inflate"
-    config.model.fusion.update(width=64, drop_rgb=0.6)
+    config.model.fusion.update(width=64, loss_without=("rgb",))
     config.model.drop.input = 0.25
     config.model.c3d.update(width=16, dense=128)
     config.model.cnn_lstm.update(width=12, hidden=64)

@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import chex  # type: ignore[import-untyped]
@@ -65,6 +65,7 @@ PAPER_MODEL: Mapping[str, Any] = {
         "pool5": "after",
         "init": "feichtenhofer",
         "drop_rgb": 0.0,
+        "loss_without": (),
     },
     "tpn": {"window": 8, "stride": 8, "levels": (1, 2, 4), "psi": "mean"},
     "lstm": {
@@ -263,7 +264,13 @@ class ActionNetwork(nn.Module):
     @property
     def scored(self) -> tuple[str, ...]:
         """The features that the loss reads."""
-        return ("step_logits",) if self.head.pool == "per_step_loss" else ("logits",)
+        name = "step_logits" if self.head.pool == "per_step_loss" else "logits"
+        return (name, *(f"without_{stream}_{name}" for stream in self._also_without))
+
+    @property
+    def _also_without(self) -> Sequence[str]:
+        """The streams without which training clips are classified as well."""
+        return self.fusion.settings.loss_without if self.sees_both else ()
 
     @nn.compact
     def __call__(
@@ -293,7 +300,8 @@ class ActionNetwork(nn.Module):
           and 'rgb_map', 'flow_map' `b t h w c`, 'fused' `b t h w c`, 'pyramid' `b s d`, 'states'
           `b s n d` (n directions, before dropout), 'step_logits' `b s k`, 'logits' `b k`; without
           recurrence (`lstm.cell` 'mean') s = 1 in the last three but one. With
-          `views` b is `(b v)` from the first 3-D layers on.
+          `views` b is `(b v)` from the first 3-D layers on. In training also what is `scored`
+          besides: 'without_rgb_logits', say.
 
         Raises:
           ValueError: frames below 32 px, a number of frames that the windows do not fit, or views
@@ -330,14 +338,28 @@ class ActionNetwork(nn.Module):
             places = jnp.arange(len(rgb)) if rows is None else rows
             return ClipDropout(rate, whole, name=name)(x, places)
 
+        def answered(*maps: Array, which: str = "") -> dict[str, Array]:
+            after = {"fused": self.fusion(*maps)}
+            after["pyramid"] = segment_vectors(after["fused"], self.tpn)
+            x = dropped(f"{which}drop_input", self.drop.rate(self.drop.input), after["pyramid"])
+            after["states"] = self.recurrent(x)
+            x = dropped(f"{which}drop_output", self.drop.rate(self.drop.output), after["states"])
+            after["logits"], after["step_logits"] = self.head(x)
+            return after
+
+        whole = list(maps)
         if self.sees_both:
-            maps[0] = dropped("drop_rgb", self.fusion.settings.drop_rgb, maps[0], whole=True)
-        features["fused"] = self.fusion(*maps)
-        features["pyramid"] = segment_vectors(features["fused"], self.tpn)
-        x = dropped("drop_input", self.drop.rate(self.drop.input), features["pyramid"])
-        features["states"] = self.recurrent(x)
-        x = dropped("drop_output", self.drop.rate(self.drop.output), features["states"])
-        features["logits"], features["step_logits"] = self.head(x)
+            drop_rgb = self.fusion.settings.drop_rgb
+            whole[0] = dropped("drop_rgb", drop_rgb, maps[0], whole=True)
+        features |= answered(*whole)
+        for stream in self._also_without if train else ():
+            which = f"without_{stream}_"
+            rest = [
+                jnp.zeros_like(x) if name == stream else x
+                for name, x in zip(STREAMS, maps, strict=True)
+            ]
+            alone = answered(*rest, which=which)
+            features |= {which + name: alone[name] for name in ("logits", "step_logits")}
         return features["logits"], features
 
     def pyramid_of(self, maps: Mapping[str, Float[Array, "b t h w _c"]]) -> Float[Array, "b s d"]:
@@ -355,7 +377,7 @@ class ActionNetwork(nn.Module):
     def without(self, features: Mapping[str, Array], stream: str) -> Float[Array, "b k"]:
         """Logits of clips that are fused without one of the streams.
 
-        Its map is zeros, as in the training clips that `fusion.drop_rgb` takes colour from, and as
+        Its map is zeros, as for `fusion.loss_without` and `fusion.drop_rgb` in training, and as
         where a stream's last ReLU lets nothing through. An even picture would not be nothing: with
         group normalisation its borders make a map as large as any.
 

@@ -107,6 +107,7 @@ def tiny_model_settings() -> dict:
             "pool5": "after",
             "init": "feichtenhofer",
             "drop_rgb": 0.0,
+            "loss_without": (),
         },
         "tpn": {"window": 4, "stride": 4, "levels": (1, 2, 4), "psi": "mean"},
         "lstm": {

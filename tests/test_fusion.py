@@ -17,7 +17,7 @@ from stf_jax.fusion import (
     temporal_pyramid,
 )
 
-FUSION = FusionSettings((3, 3, 3), 4, True, "after", "feichtenhofer", 0.0)
+FUSION = FusionSettings((3, 3, 3), 4, True, "after", "feichtenhofer", 0.0, ())
 TPN = TPNSettings(4, 4, (1, 2, 4), "mean")
 
 
@@ -118,7 +118,7 @@ def fused(settings, params, *maps):
 @pytest.mark.parametrize("pool5", ["after", "before", "stride", "average"])
 @pytest.mark.parametrize("kernel, relu", [((3, 3, 3), True), ((3, 5, 1), False)])
 def test_fusion_equals_a_plain_loop(pool5, kernel, relu):
-    settings = FusionSettings(kernel, 4, relu, pool5, "he", 0.0)
+    settings = FusionSettings(kernel, 4, relu, pool5, "he", 0.0, ())
     spatial, temporal = normal(2, 2, 4, 5, 6, 2), normal(3, 2, 4, 5, 6, 3)
     height, width, length = kernel
     params = {"kernel": normal(4, length, height, width, 5, 4), "bias": normal(5, 4)}
@@ -209,6 +209,7 @@ def test_time_is_never_thinned_out():
         (FUSION, "fusion", "pool5", "max", "'after', 'before', 'stride', 'average'"),
         (FUSION, "fusion", "init", "glorot", "'feichtenhofer', 'he'"),
         (FUSION, "fusion", "drop_rgb", 1.0, "0 <= share < 1"),
+        (FUSION, "fusion", "loss_without", ("both",), "(), ('rgb',), ('flow',), ('rgb', 'flow')"),
         (TPN, "tpn", "window", 0, "an integer from 1 on"),
         (TPN, "tpn", "stride", 2.0, "an integer from 1 on"),
         (TPN, "tpn", "levels", (1, 3), r"divisors of tpn\.window \(4\)"),

@@ -210,7 +210,8 @@ SWITCHES = [
     ({}, {"fusion.pool5": "stride"}, (), ("fused",)),
     ({}, {"fusion.pool5": "average"}, (), ("fused",)),
     ({}, {"fusion.init": "he"}, (), ()),
-    ({}, {"fusion.drop_rgb": 0.5}, (), ()),  # of training alone: tests/test_fusion.py
+    ({}, {"fusion.drop_rgb": 0.5}, (), ()),  # of training alone, as is the next: see below
+    ({}, {"fusion.loss_without": ("rgb",)}, (), ()),
     ({}, {"tpn.window": 8}, (), ("pyramid",)),
     ({}, {"tpn.stride": 2}, (), ("pyramid",)),
     ({}, {"tpn.levels": (4,)}, ("recurrent/",), ("pyramid",)),
@@ -438,6 +439,41 @@ def test_a_share_of_the_training_clips_is_fused_without_colour(tiny):
     np.testing.assert_allclose(one[~dropped], fused(colours[0], 1, False)[~dropped], atol=1e-5)
     again = np.asarray(fused(colours[0], 2, True))
     assert any(not np.array_equal(a, b) for a, b in zip(one, again, strict=True))
+
+
+@pytest.mark.parametrize(
+    "pool, name", [("mean_logits", "logits"), ("per_step_loss", "step_logits")]
+)
+def test_training_clips_are_also_classified_without_a_stream(tiny, pool, name):
+    """As `without` does it in evaluation, and by what is left of the clip alone."""
+    still = {"drop.input": 0.0, "drop.output": 0.0, "head.pool": pool}
+    network = tiny(still | {"fusion.loss_without": ("rgb", "flow")})
+    assert network.scored == (name, f"without_rgb_{name}", f"without_flow_{name}")
+    params = network.init(jax.random.key(0), RGB, FLOW, train=False)
+
+    def outputs(rgb, flow, **how):
+        return network.apply(params, rgb, flow, **how)[1]
+
+    got = outputs(RGB, FLOW, train=True, rngs={"dropout": jax.random.key(0)})
+    scored = outputs(RGB, FLOW, train=False)
+    assert got.keys() - scored.keys() == {
+        f"without_{stream}_{scores}"
+        for stream in ("rgb", "flow")
+        for scores in ("logits", "step_logits")
+    }
+    np.testing.assert_allclose(got["logits"], scored["logits"], atol=1e-5)
+    for stream in ("rgb", "flow"):
+        alone = network.apply(params, scored, stream, method="without")
+        np.testing.assert_allclose(got[f"without_{stream}_logits"], alone, atol=1e-5)
+    other = outputs(-RGB, FLOW, train=True, rngs={"dropout": jax.random.key(0)})
+    np.testing.assert_array_equal(other["without_rgb_logits"], got["without_rgb_logits"])
+    assert np.abs(other["without_flow_logits"] - got["without_flow_logits"]).max() > 1e-3
+
+
+def test_only_both_streams_are_also_scored_without_one(tiny):
+    change = {"fusion.loss_without": ("rgb",)}
+    assert tiny(change | {"streams": "flow"}).scored == ("logits",)
+    assert tiny(change | {"streams": "late"}).scored == ("rgb_logits", "flow_logits")
 
 
 def test_the_gradient_reaches_every_parameter(tiny):
