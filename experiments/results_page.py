@@ -88,10 +88,10 @@ def _study(folder: Path, label: str) -> str:
             f"Left out, made with other settings than the study has now: {', '.join(stale)}."
         )
     flag = " --select" * selection
+    summarised = f", [{label}_summary.csv]({label}_summary.csv)" if fresh else ""
     parts.append(
         f"Files: [{label}.csv]({label}.csv) (runs), [{label}_videos.csv]({label}_videos.csv) "
-        f"(videos), [{label}_summary.csv]({label}_summary.csv). Made by `python "
-        f"experiments/ablate.py --study={name}{flag}`"
+        f"(videos){summarised}. Made by `python experiments/ablate.py --study={name}{flag}`"
         + _told_changes(study, fresh)
         + "; one row with one seed by `--rows=ROW --seeds=SEED`."
     )

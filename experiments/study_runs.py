@@ -434,7 +434,10 @@ def summarise(study: Study, tables: Tables, results: Path, label: str) -> None:
             "settings than the study has now; it stays in the table and is left out of the summary"
         )
     if not fresh.runs:
-        print("no run to summarise yet")
+        # What they say is of runs that the study no longer has.
+        for outdated in (f"{label}_summary.csv", f"{label}.png"):
+            (results / outdated).unlink(missing_ok=True)
+        print(f"no run to summarise yet; {results_page.write(results)}")
         return
     lines = study_results.summarise(study, fresh)
     study_results.write_summary(results, label, study, lines)

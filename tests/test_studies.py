@@ -431,6 +431,13 @@ def test_the_page_tells_a_study_without_mixing_what_does_not_belong_together(tmp
     page = (tmp_path / "README.md").read_text()
     assert "### toy (selection on held-out training groups, no test)" in page
     assert "held-out training videos, no test each" in page and "--study=toy --select" in page
+    # Where no run is of the study as it is now, nothing is told of the others but which they are.
+    changed = tables.marked(dict.fromkeys(tables.runs, "changed"))
+    study_runs.summarise(STUDY, changed, tmp_path, "study_toy")
+    page = (tmp_path / "README.md").read_text()
+    assert "`a` seed 0, `a` seed 1, `b` seed 0, `b` seed 1" in page and "(study_toy.csv)" in page
+    for name in ("study_toy_summary.csv", "study_toy.png"):
+        assert not (tmp_path / name).exists() and f"({name})" not in page
 
 
 def test_runs_that_differ_in_their_fold_are_not_called_seeds(tmp_path, monkeypatch, drawn_texts):
