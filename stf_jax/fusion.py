@@ -40,8 +40,8 @@ class FusionSettings:
         videos away by their backgrounds, before their motion is learnt; these clips cannot be.
       loss_without: streams, 'rgb' and 'flow' or one of them: every training clip is classified once
         more with zeros in the place of that stream's map, and this loss is added. So the other
-        stream learns what it would by itself, whatever is learnt faster. Costs nothing but another
-        pass from the fusion on, in training.
+        stream learns what it would by itself, whatever is learnt faster. Costs another pass from
+        the fusion on, and its memory, in training.
 
     Raises:
       ValueError: an impossible value (names it).
