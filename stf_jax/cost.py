@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from stf_jax.baselines import FullyConnected
 from stf_jax.checkpoint import Params
 from stf_jax.metrics import cross_entropy
-from stf_jax.model import Head
+from stf_jax.model import Head, build_model
 from stf_jax.optim import by_path
 from stf_jax.recurrent import LSTM
 from stf_jax.run import Settings, source_weights
@@ -60,7 +60,9 @@ def layer_costs(settings: Settings, num_classes: int, batch: int = 1) -> list[La
     Returns:
       One row per convolution, LSTM direction and head.
     """
-    network = settings.model(num_classes)
+    described = settings.config.model.to_dict()
+    described["fusion"]["loss_without"] = ()  # what an answer takes, not what training adds to it
+    network = build_model(described, num_classes)
     params = settings.abstract_params(num_classes)
     outputs: dict[str, tuple[int, ...]] = {}
 

@@ -43,6 +43,14 @@ def test_variants_cost_what_the_specification_says():
     assert part(costs(early, flow_frames=2), "")[1] == pytest.approx(914.1, abs=0.06)
 
 
+def test_a_loss_that_only_training_has_takes_memory_there_and_no_work_of_an_answer(tiny_config):
+    before = Settings.of(tiny_config.copy_and_resolve_references())
+    tiny_config.model.fusion.loss_without = ("rgb",)
+    after = Settings.of(tiny_config)
+    assert layer_costs(after, 2) == layer_costs(before, 2)
+    assert memory_plan(after, 2).activations > memory_plan(before, 2).activations
+
+
 @pytest.mark.parametrize("streams", ["both", "late"])
 def test_forgetting_more_keeps_less(tiny_config, streams):
     tiny_config.model.streams = streams
