@@ -233,6 +233,11 @@ def maps_of(features: Mapping[str, Array]) -> dict[str, Float[Array, "b t h w _c
     return {name: features[f"{name}_map"] for name in STREAMS if f"{name}_map" in features}
 
 
+def _left_out(maps: Mapping[str, Array], stream: str) -> dict[str, Array]:
+    """The maps with zeros in the place of one stream's."""
+    return {**maps, stream: jnp.zeros_like(maps[stream])}
+
+
 class ActionNetwork(nn.Module):
     """Two streams, convolutional fusion, temporal pyramid, Bi-LN-LSTM, classifier.
 
@@ -354,11 +359,8 @@ class ActionNetwork(nn.Module):
         features |= answered(*whole)
         for stream in self._also_without if train else ():
             which = f"without_{stream}_"
-            rest = [
-                jnp.zeros_like(x) if name == stream else x
-                for name, x in zip(STREAMS, maps, strict=True)
-            ]
-            alone = answered(*rest, which=which)
+            rest = _left_out(maps_of(features), stream)
+            alone = answered(*(rest[name] for name in STREAMS), which=which)
             features |= {which + name: alone[name] for name in ("logits", "step_logits")}
         return features["logits"], features
 
@@ -385,8 +387,7 @@ class ActionNetwork(nn.Module):
           features: what a call returned for the clips.
           stream: 'rgb' or 'flow'; one that the network has.
         """
-        maps = maps_of(features)
-        return self.classify(self.pyramid_of({**maps, stream: jnp.zeros_like(maps[stream])}))[0]
+        return self.classify(self.pyramid_of(_left_out(maps_of(features), stream)))[0]
 
 
 class LateFusion(nn.Module):
